@@ -1,0 +1,290 @@
+"""Train PatchVAE, or the beta-VAE that it is compared with, on images without labels.
+
+    python run.py --dataset shapes --output-folder scratch --num-epochs 6 --img-per-epoch 6000 --lr 1e-3
+    python run.py --dataset folder --data-folder my/images --output-folder scratch --inet
+"""
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import modules
+from datasets import DATA_SETS, Batches, normalisation, open_split
+from utils import checkpoints, console, grids, options, runtime, tracking
+
+ACTIVE = 0.01  # variance over images above which a latent is in use (Burda et al. 2016, section 5.2)
+SHOWN = 12  # images in the pictures of every epoch
+CONTENTS = ("model.pt", "checkpoints", "logs", "images", "metrics.jsonl", "args.json")  # of the output folder
+
+
+def build_parser():
+    parser = console.Parser(description=__doc__)
+    options.add_data_options(parser)
+    model = options.add_model_options(parser)
+    model.add_argument(
+        "--arch", default="patchy", choices=modules.ARCHS,
+        help="patchy: PatchVAE; vae: the beta-VAE with the same encoder and decoder (default: %(default)s)",
+    )
+    loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--beta-a", "--beta-app", type=console.real(0), default=1.0, metavar="X",
+        help="weight of the appearance's KL term; the beta of --arch vae (default: %(default)s)",
+    )
+    loss.add_argument(
+        "--beta-v", "--beta-occ", type=console.real(0), default=10.0, metavar="X",
+        help="weight of the occurrence's KL term; lower it if the parts stay near their prior (default: %(default)s)",
+    )
+    loss.add_argument(
+        "--recon-mask", choices=("edge",), help="weigh every pixel's error by the edges in its cell (default: all alike)"
+    )
+    loss.add_argument(
+        "--temp", type=console.above(0), default=1.0, metavar="T",
+        help="temperature of the occurrence samples at the start (default: %(default)s)",
+    )
+    loss.add_argument(
+        "--anneal", type=console.real(0), default=3e-5, metavar="X",
+        help="every 1000 steps the temperature shrinks by exp(-X * step); 0 keeps it (default: %(default)s)",
+    )
+    loss.add_argument(
+        "--min-temp", type=console.above(0), default=0.1, metavar="T", help="but never below this (default: %(default)s)"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--num-epochs", type=console.whole(1), default=30, metavar="K", help="(default: %(default)s)")
+    training.add_argument(
+        "--img-per-epoch", type=console.whole(1), default=50_000, metavar="K",
+        help="images of one epoch, in whole batches, whatever the data set's size (default: %(default)s)",
+    )
+    training.add_argument(
+        "--batch-size", type=console.whole(1), default=128, metavar="K", help="images of one step (default: %(default)s)"
+    )
+    training.add_argument(
+        "--lr", type=console.above(0), default=1e-4, metavar="X",
+        help="Adam's learning rate; 1e-3 learns faster in short runs (default: %(default)s)",
+    )
+    training.add_argument(
+        "--pretrained", metavar="FILE", help="a model.pt to start from; it knows its own model options"
+    )
+    training.add_argument(
+        "--seed", type=console.whole(0), default=1, metavar="K", help="of weights, order and noise (default: %(default)s)"
+    )
+    training.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output-folder", default="./scratch", metavar="DIR",
+        help="where model.pt, logs/, images/ and checkpoints/ go (default: %(default)s)",
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
+    output.add_argument(
+        "--evaluate", action="store_true",
+        help="do not train: test --pretrained (or the output folder's model.pt) and draw its pictures",
+    )
+    output.add_argument(
+        "--log-interval", type=console.whole(1), default=50, metavar="K", help="steps between logged figures (default: %(default)s)"
+    )
+    output.add_argument(
+        "--save-interval", type=console.whole(1), default=1, metavar="K", help="epochs between checkpoints (default: %(default)s)"
+    )
+    return parser
+
+
+def parse(argv):
+    """The checked options: argparse.Namespace, and the content of the model file that they name, or None."""
+    parser = build_parser()
+    args, given = parser.parse_args(argv), parser.given(argv)
+    if args.evaluate and args.pretrained is None:
+        args.pretrained = os.path.join(args.output_folder, "model.pt")
+    file = checkpoints.load(args.pretrained, checkpoints.MODEL) if args.pretrained else None
+    if file:
+        options.follow_file(args, given, file["options"], args.pretrained)
+    options.complete(args, given)
+    args.batch_size = min(args.batch_size, args.img_per_epoch)
+    if args.batch_size == 1 and args.size == args.scale:
+        raise console.UsageError("--batch-size 1 on a grid of one cell leaves nothing to normalise over; use 2 or more")
+    if args.min_temp > args.temp:
+        raise console.UsageError(f"--min-temp {args.min_temp:g} is above --temp {args.temp:g}; swap them or drop one")
+    return args, file
+
+
+def main(argv=None):
+    """Train, or evaluate, as `argv` says; returns the final test figures: a dict of floats."""
+    args, file = parse(argv)
+    device = runtime.choose_device(args.no_cuda)
+    row = DATA_SETS[args.dataset]
+    mean, std = normalisation(row.channels, args.inet)
+
+    def batches(split):
+        source = open_split(args.dataset, args.data_folder, split, args.size)
+        return Batches(source, args.size, mean, std, device, args.workers, row.flip)
+
+    train, test = batches("unlabelled"), batches("test")
+    described = options.describe_model(args, row.channels, mean, std)
+    torch.manual_seed(args.seed)
+    model = modules.build_model(described).to(device)
+    if file:
+        model.load_state_dict(file["model"])
+    print(f"{args.dataset}: {len(train):,} images to train on, {len(test):,} to test on, {args.size} px, {runtime.describe(device)}")
+    print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, encoder {args.encoder_arch}, {bottleneck(args)}")
+    if args.evaluate:
+        return evaluate_only(args, model, test)
+    folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite)
+    tracking.write_json(folder / "args.json", {**vars(args), **runtime.record()})
+    with tracking.Tracker(folder) as tracker:
+        return fit(args, described, model, train, test, tracker)
+
+
+def fit(args, described, model, train, test, tracker):
+    """The whole training: epochs of steps, each followed by test, pictures and checkpoint. Returns the best test figures."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
+    steps_per_epoch = math.ceil(args.img_per_epoch / args.batch_size)
+    tracker.event("start", steps_per_epoch=steps_per_epoch, **vars(args))
+    first = best = None
+    stream = train.training(args.batch_size, args.seed, 1, args.num_epochs * steps_per_epoch)
+    for epoch in range(1, args.num_epochs + 1):
+        started = time.perf_counter()
+        train_terms = train_epoch(args, model, optimizer, stream, epoch, steps_per_epoch, tracker)
+        speed = steps_per_epoch * args.batch_size / (time.perf_counter() - started)
+        figures = evaluate(args, model, test)
+        step = epoch * steps_per_epoch
+        report(args, epoch, step, train_terms, figures, speed, tracker)
+        content = {"options": described, "model": model.state_dict(), "epoch": epoch, "step": step, "test": figures}
+        if best is None or figures["total"] < best["total"]:
+            best = {**figures, "epoch": epoch}
+            checkpoints.save(tracker.folder / "model.pt", {"kind": checkpoints.MODEL, **content})
+        if epoch % args.save_interval == 0 or epoch == args.num_epochs:
+            state = {"optimizer": optimizer.state_dict(), "best": best, "args": vars(args)}
+            checkpoints.save_numbered(tracker.folder / "checkpoints", step, {"kind": checkpoints.TRAINING, **content, **state})
+        for name, picture in draw_pictures(args, model, test).items():
+            tracker.picture(name, step, picture, f"images/{name}_epoch_{epoch:03d}.png")
+        first = first or figures
+    tracker.options(vars(args), {f"best/{name}": value for name, value in best.items()})
+    tracker.event("end", **best)
+    say_farewell(args, first, best, tracker.folder)
+    return best
+
+
+def train_epoch(args, model, optimizer, stream, epoch, steps, tracker):
+    """`steps` optimiser steps on the next batches of `stream`. Returns the mean of every loss term over the epoch."""
+    model.train()
+    whole, window, window_start = tracking.Means(), tracking.Means(), time.perf_counter()
+    bar = tqdm(range(1, steps + 1), f"epoch {epoch}", unit="step", leave=False, disable=None)
+    for number in bar:
+        x, _ = next(stream)  # B×C×H×W
+        step = (epoch - 1) * steps + number
+        temperature = modules.temperature_at(step, args.temp, args.anneal, args.min_temp)
+        runtime.seed_step(args.seed, step)
+        terms = loss(args, x, model(x, temperature))
+        optimizer.zero_grad()
+        terms["total"].mean().backward()
+        optimizer.step()
+        window.add(terms)
+        if number % args.log_interval == 0 or number == steps:
+            means = window.read()
+            speed = window.images / (time.perf_counter() - window_start)
+            state = {"temperature": temperature, "learning_rate": args.lr, "images_per_second": speed}
+            tracker.event("train", epoch=epoch, step=step, **means, **state)
+            tracker.scalars(step, {**{f"loss/train/{name}": value for name, value in means.items()}, **state})
+            whole.take(window)
+            window, window_start = tracking.Means(), time.perf_counter()
+    return whole.read()
+
+
+def loss(args, x, output):
+    """The loss terms of a batch as the options weigh them: a dict of vectors of length B."""
+    cell = args.scale if args.recon_mask == "edge" else None
+    return modules.loss_terms(x, output, args.beta_a, args.beta_v, cell)
+
+
+@torch.no_grad()
+def evaluate(args, model, test):
+    """Mean loss terms over the test images, each seen once, without sampling, and how many parts are in use."""
+    model.eval()
+    means, moments = tracking.Means(), 0
+    for x, _ in test.in_order(args.batch_size):
+        output = model(x)
+        means.add(loss(args, x, output))
+        latents = posterior_means(output.posterior).double()  # B×parts×latents of a part
+        moments = moments + torch.stack([latents.sum(0), latents.square().sum(0)])
+    mean, mean_square = moments / len(test)
+    active = (mean_square - mean.square()).amax(dim=1) > ACTIVE
+    return {**means.read(), "parts_in_use": int(active.sum())}
+
+
+def posterior_means(posterior):
+    """What the encoder says of each part, appearance and places in a row: B×N×(d + h·w); the VAE's latents: B×(N·d)×1."""
+    if posterior.occurrence is None:
+        return posterior.mean.flatten(1)[:, :, None]
+    return torch.cat([posterior.mean, posterior.occurrence.flatten(2)], dim=2)
+
+
+def report(args, epoch, step, train_terms, figures, speed, tracker):
+    """One line on the console, one in metrics.jsonl, and the test curves."""
+    terms = {name: value for name, value in figures.items() if name != "parts_in_use"}
+    tracker.event("test", epoch=epoch, step=step, **figures, train_mean=train_terms)
+    tracker.scalars(step, {**{f"loss/test/{name}": v for name, v in terms.items()}, "parts_in_use": figures["parts_in_use"]})
+    raw = [name for name in terms if not name.endswith("_weighted")]
+    train_text, test_text = (" ".join(f"{name} {values[name]:.1f}" for name in raw) for values in (train_terms, figures))
+    print(
+        f"epoch {epoch}/{args.num_epochs}  train {train_text}  test {test_text}  "
+        f"{in_use(args, figures)}  {speed:.0f} images/s",
+        flush=True,
+    )
+
+
+def bottleneck(args):
+    """The bottleneck in words."""
+    cells = args.size // args.scale
+    if args.arch == "vae":
+        return f"one vector of {args.num_parts * args.hidden_size} latents"
+    return f"{args.num_parts} parts of size {args.hidden_size} on {cells}x{cells} cells"
+
+
+def in_use(args, figures):
+    """How much of the bottleneck says something about the image, in words."""
+    total, what = (args.num_parts * args.hidden_size, "latents") if args.arch == "vae" else (args.num_parts, "parts")
+    return f"{figures['parts_in_use']} of {total} {what} in use"
+
+
+@torch.no_grad()
+def draw_pictures(args, model, test):
+    """PIL grids by name: reconstructions, where the parts occur (if there are parts), samples from the prior."""
+    model.eval()
+    x = test.examples(SHOWN)  # SHOWN×C×H×W
+    mean, std = test.mean.flatten().tolist(), test.std.flatten().tolist()
+    output = model(x)
+    originals, copies = (list(grids.to_rgb(images, mean, std)) for images in (x, output.reconstruction))
+    pictures = {"reconstructions": grids.grid([originals, copies])}
+    if output.posterior.occurrence is not None:
+        pictures["occurrence"] = grids.occurrence_grid(originals, copies, output.posterior.occurrence.cpu().numpy())
+    runtime.seed_step(args.seed, 0)  # the same draws after every epoch
+    drawn = list(grids.to_rgb(model.draw(2 * SHOWN, x.device), mean, std))
+    return {**pictures, "samples": grids.grid([drawn[:SHOWN], drawn[SHOWN:]])}
+
+
+def evaluate_only(args, model, test):
+    """Test the model and leave its pictures in the output folder's images/."""
+    figures = evaluate(args, model, test)
+    folder = Path(args.output_folder, "images")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in draw_pictures(args, model, test).items():
+        picture.save(folder / f"{name}_evaluated.png")
+    print("test  " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items() if name != "parts_in_use"))
+    print(f"{in_use(args, figures)}; pictures in {tracking.relative(folder)}")
+    return figures
+
+
+def say_farewell(args, first, best, folder):
+    """What was learned, and what to do next."""
+    place = tracking.relative(folder)
+    print(f"reconstruction error on test images: {first['recon']:.1f} after epoch 1, {best['recon']:.1f} in the best epoch, {best['epoch']}")
+    print(f"{in_use(args, best)}; the model is {place}/model.pt, the pictures are in {place}/images")
+    print(f"next: tensorboard --logdir {place}/logs")
+    data = f"--dataset {args.dataset} --data-folder {args.data_folder} --size {args.size}"
+    print(f"      python classifier.py {data} --arch {args.arch} --pretrained {place}/model.pt --freeze -1")
+
+
+if __name__ == "__main__":
+    console.run(main)

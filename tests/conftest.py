@@ -1,0 +1,42 @@
+"""What the tests share: the import path, small folders of images, and calling the scripts as a user does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Small enough for seconds on two cores, and still every layer of the real model.
+TINY = ["--num-epochs", "1", "--img-per-epoch", "32", "--batch-size", "16", "--workers", "0", "--ngf", "16"]
+
+
+def paint(path, side=(40, 30), seed=0):
+    """Save a small random photograph-like image (smooth colours) at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), np.uint8)
+    Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC).save(path)
+
+
+def paint_classes(folder, classes=("ant", "bee"), images=6, side=(40, 30)):
+    """Fill `folder` with CLASS/0.jpg, CLASS/1.jpg, …"""
+    for number, name in enumerate(classes):
+        for image in range(images):
+            paint(Path(folder, name, f"{image}.jpg"), side, seed=1000 * number + image)
+    return Path(folder)
+
+
+def call(script, *options, cwd=None, env=None, timeout=240):
+    """Run a script in a process of its own: subprocess.CompletedProcess with text output."""
+    command = [sys.executable, str(ROOT / script), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=env, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def class_folder(tmp_path_factory):
+    """A folder of CLASS/* with twelve images in two classes."""
+    return paint_classes(tmp_path_factory.mktemp("classes"))

@@ -1,0 +1,179 @@
+"""Every row of the table opens its documented layout, and batches are a pure function of (seed, step)."""
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import paint, paint_classes
+from PIL import Image
+
+import datasets
+from datasets import Batches, TrainingOrder, open_split
+from utils.console import RunError
+
+CPU = torch.device("cpu")
+
+
+def sizes(name, root):
+    return [len(open_split(name, root, split, 32)) for split in datasets.SPLITS]
+
+
+def tiny_cifar(root, folder, files, meta, labels, classes):
+    """CIFAR's own pickled layout with ten images per file, so that torchvision reads it."""
+    place = root / folder
+    place.mkdir(parents=True)
+    for number, name in enumerate(files):
+        pixels = np.random.default_rng(number).integers(0, 256, (10, 3072), np.uint8)
+        (place / name).write_bytes(pickle.dumps({"data": pixels, labels: [i % len(classes) for i in range(10)]}))
+    (place / meta[0]).write_bytes(pickle.dumps({meta[1]: classes}))
+
+
+@pytest.fixture
+def cifar100(tmp_path, monkeypatch):
+    tiny_cifar(tmp_path, "cifar-100-python", ["train", "test"], ("meta", "fine_label_names"), "fine_labels", list("abcde"))
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "_check_integrity", lambda self: True)  # not the real checksums
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
+    return tmp_path
+
+
+def test_cifar_is_read_in_torchvisions_layout(cifar100):
+    source = open_split("cifar100", cifar100, "train", 32)
+    assert len(source) == 10 and source.classes == list("abcde") and source.image(3).size == (32, 32)
+    assert source.labels.tolist() == [0, 1, 2, 3, 4] * 2
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist"])
+def test_a_failed_download_says_where_to_put_the_files(name, tmp_path, monkeypatch):
+    def no_network(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("urllib.request.urlretrieve", no_network)
+    with pytest.raises(RunError) as caught:
+        open_split(name, tmp_path, "train", 32)
+    message = str(caught.value)
+    assert str(tmp_path) in message and "--dataset shapes" in message and "\n" not in message
+
+
+def test_imagenet_layout(tmp_path):
+    paint_classes(tmp_path / "train", images=3)
+    paint_classes(tmp_path / "val", images=2)
+    assert sizes("imagenet", tmp_path) == [6, 6, 4]
+
+
+def test_indoor_trains_without_labels_on_allminustest(tmp_path):
+    paint_classes(tmp_path / "allminustest", images=5)
+    paint_classes(tmp_path / "train", images=3)
+    paint_classes(tmp_path / "test", images=2)
+    assert sizes("indoor", tmp_path) == [10, 6, 4]
+
+
+def test_miniimagenet_holds_out_a_fifth_of_every_class(tmp_path):
+    paint_classes(tmp_path / "train", images=10)
+    train, test = (open_split("miniimagenet", tmp_path, split, 32) for split in ("train", "test"))
+    assert np.bincount(train.labels).tolist() == [8, 8] and np.bincount(test.labels).tolist() == [2, 2]
+    assert not set(train.paths) & set(test.paths)
+
+
+def test_places205_layout(tmp_path):
+    lists = tmp_path / "trainvalsplit_places205"
+    lists.mkdir()
+    (lists / "train_places205.csv").write_text("a/abbey/one.jpg 0\nb/big barn/two three.jpg 2\n")
+    (lists / "val_places205.csv").write_text("a/abbey/four.jpg 0\n")
+    images = tmp_path / "data/vision/torralba/deeplearning/images256"
+    for name in ("a/abbey/one.jpg", "b/big barn/two three.jpg", "a/abbey/four.jpg"):
+        paint(images / name)
+    train = open_split("places205", tmp_path, "train", 32)
+    assert train.labels.tolist() == [0, 2] and train.classes == ["a/abbey", "1", "b/big barn"]
+    assert train.image(1).size == (40, 30) and len(open_split("places205", tmp_path, "test", 32)) == 1
+
+
+def test_folder_takes_every_usual_layout(tmp_path, class_folder):
+    for test in ("val", "test"):
+        shutil.copytree(class_folder, tmp_path / f"with_{test}" / "train")
+        paint_classes(tmp_path / f"with_{test}" / test, images=2)
+        assert sizes("folder", tmp_path / f"with_{test}") == [12, 12, 4]
+    assert sizes("folder", class_folder) == [9, 9, 3]  # every fifth of twelve
+    flat = tmp_path / "flat"
+    for number in range(7):
+        paint(flat / ("deep" if number > 4 else ".") / f"{number}.png", seed=number)
+    assert sizes("folder", flat) == [5, 5, 2] and open_split("folder", flat, "train", 32).labels is None
+
+
+def test_digits_hold_out_a_fifth():
+    train, test = (open_split("digits", None, split, 32) for split in ("train", "test"))
+    assert len(train) + len(test) == 1797 and len(test) == pytest.approx(1797 / 5, abs=6)
+    assert len(train.classes) == 10 and min(np.bincount(test.labels)) >= 33
+
+
+def test_pixels_are_resize_and_centre_crop(tmp_path):
+    paint(tmp_path / "wide.png", side=(90, 40))
+    paint(tmp_path / "tall.png", side=(20, 70))
+    pixels, labels = datasets.Pixels(open_split("folder", tmp_path, "test", 32), 32).__getitems__([0])
+    assert pixels.dtype == torch.uint8 and pixels.shape == (1, 3, 32, 32) and labels.tolist() == [0]
+    path = tmp_path / open_split("folder", tmp_path, "test", 32).paths[0].decode()
+    image = Image.open(path)
+    short = min(image.size)
+    resized = image.resize([side * 32 // short for side in image.size], Image.Resampling.BILINEAR)
+    left, top = round((resized.width - 32) / 2), round((resized.height - 32) / 2)
+    expected = np.asarray(resized.crop((left, top, left + 32, top + 32)))
+    assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), expected)
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def test_training_order_shows_every_image_once_per_round_in_fresh_order():
+    order = TrainingOrder(images=10, batch_size=4, seed=1, first_step=1, last_step=10)
+    seen = [index for batch in order for index in batch]
+    rounds = [seen[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(part) == list(range(10)) for part in rounds) and len({tuple(part) for part in rounds}) == 4
+
+
+def test_training_order_depends_on_seed_and_step_alone():
+    whole = list(TrainingOrder(100, 16, 5, 1, 20))
+    assert list(TrainingOrder(100, 16, 5, 8, 20)) == whole[7:] and list(TrainingOrder(100, 16, 6, 1, 20)) != whole
+
+
+@pytest.mark.parametrize("name", ["digits", "shapes", "folder"])
+def test_batches_are_the_same_for_every_number_of_workers(name, class_folder):
+    def batches(workers):
+        source = open_split(name, class_folder, "train", 32)
+        mean, std = datasets.normalisation(datasets.DATA_SETS[name].channels, inet=True)
+        stream = Batches(source, 32, mean, std, CPU, workers, flip=True).training(8, seed=2, first_step=1, last_step=4)
+        return list(stream)
+
+    for (x, labels), (other, other_labels) in zip(batches(0), batches(2), strict=True):
+        assert torch.equal(x, other) and torch.equal(labels, other_labels)
+
+
+def test_flips_mirror_about_half_and_normalisation_can_be_undone():
+    source = open_split("shapes", None, "train", 32)
+    mean, std = datasets.normalisation(3, inet=True)
+    plain = next(Batches(source, 32, mean, std, CPU).training(64, 1, 1, 1))[0]
+    flipped = next(Batches(source, 32, mean, std, CPU, flip=True).training(64, 1, 1, 1))[0]
+    mirrored = torch.tensor([not torch.equal(a, b) for a, b in zip(plain, flipped)])
+    assert torch.equal(mirrored, datasets.flips(1, 1, 64)) and 16 < mirrored.sum() < 48
+    assert torch.equal(flipped[mirrored], plain[mirrored].flip(-1))
+    pixels = ((plain * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)) * 255).round()
+    expected = datasets.Pixels(source, 32).__getitems__(next(iter(TrainingOrder(50_000, 64, 1, 1, 1))))[0]
+    assert torch.equal(pixels.to(torch.uint8), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_test_images_come_once_each_in_order(batch_size):
+    source = open_split("digits", None, "test", 32)
+    labels = torch.cat([y for _, y in Batches(source, 32, [0.5], [0.5], CPU).in_order(batch_size)])
+    assert torch.equal(labels, torch.from_numpy(source.labels))
+
+
+def test_a_broken_image_is_named_also_from_a_worker(tmp_path):
+    paint_classes(tmp_path, images=5)
+    (tmp_path / "ant" / "3.jpg").write_bytes(b"\xff\xd8 no jpeg")
+    for workers in (0, 1):
+        with pytest.raises(RunError, match="3.jpg.*cannot be decoded"):
+            batches = Batches(open_split("folder", tmp_path, "train", 32), 32, [0.5] * 3, [0.5] * 3, CPU, workers)
+            list(batches.training(8, 1, 1, 3))

@@ -1,0 +1,1 @@
+"""Small libraries of PatchVAE and the tools that a person starts."""

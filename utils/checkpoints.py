@@ -1,0 +1,60 @@
+"""Files of plain values and tensors that are complete or absent, and never run code when they are read."""
+
+import os
+import pickle
+import zipfile
+
+import torch
+
+from utils.console import RunError
+
+MODEL, TRAINING = "patchvae-model", "patchvae-training"  # what model.pt and checkpoints/ say they are
+KEPT = 3  # how many checkpoints of a run stay
+
+
+def save(path, content):
+    """Write `content` (plain values and tensors) to `path`: the old file or the new one is there, never half of one."""
+    write(path, lambda file: torch.save(content, file))
+
+
+def write(path, fill):
+    """Call `fill` with a binary file under a temporary name, flush it to disk, and rename it to `path`."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # how torch's writer reports a full disk
+        raise RunError(f"{path}: could not be written ({str(error).splitlines()[0]}); is the disk full?") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def save_numbered(folder, step, content):
+    """Save `content` as `folder`/step_STEP.pt and remove all but the newest KEPT of their kind."""
+    os.makedirs(folder, exist_ok=True)
+    save(os.path.join(folder, f"step_{step:09d}.pt"), content)
+    for name in sorted(name for name in os.listdir(folder) if name.startswith("step_") and name.endswith(".pt"))[:-KEPT]:
+        os.remove(os.path.join(folder, name))
+
+
+def load(path, kind, device="cpu"):
+    """The content that was saved under `path` as {"kind": kind, …}. Raises RunError with the reason otherwise."""
+    if not os.path.isfile(path):
+        raise RunError(f"{path}: no such file; train a model first, or give the path of one")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # compares every part with its checksum
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path}: not a file that this program wrote, or damaged ({reason})") from None
+    found = content.get("kind") if isinstance(content, dict) else None
+    if found != kind:
+        raise RunError(f"{path}: expected a {kind} file, found {found or 'something else'}")
+    return content

@@ -1,0 +1,60 @@
+"""Pictures of images side by side, with captions, and of maps laid over images. Numpy in, PIL out."""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+GAP, CAPTION, PAPER, INK = 2, 14, (255, 255, 255), (30, 30, 30)
+
+
+def to_rgb(x, mean, std):
+    """Normalised pixels, a tensor B×C×H×W (C = 1 or 3) -> B×H×W×3 uint8 array; `mean`, `std`: C numbers each."""
+    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (mean, std))
+    unit = x.detach().float().cpu().numpy() * std + mean  # B×C×H×W in [0, 1]
+    pixels = np.round(np.clip(unit, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
+
+
+def lay_over(image, values):
+    """`values`, h×w from 0 to 1, as heat over the grey version of `image`, H×W×3 uint8 -> H×W×3 uint8."""
+    rows, columns = (np.arange(side) * cells // side for side, cells in zip(image.shape, values.shape))
+    strength = np.clip(values, 0, 1)[rows][:, columns, None]  # H×W×1: every cell keeps its borders
+    heat = np.concatenate([np.minimum(1, 2 * strength), np.maximum(0, 2 * strength - 1), 0 * strength], axis=2)
+    grey = np.repeat(image.mean(axis=2, keepdims=True) / 255 * 0.7, 3, axis=2)
+    return np.round((grey * (1 - strength) + heat * strength) * 255).astype(np.uint8)
+
+
+def grid(rows, captions=None):
+    """Rows of equally large H×W×3 uint8 arrays -> one PIL image; `captions`: a line of text over each column.
+
+    Small images are magnified, without smoothing, to be looked at.
+    """
+    height, width = rows[0][0].shape[:2]
+    magnify = max(1, -(-64 // width))
+    height, width = height * magnify, width * magnify
+    top = CAPTION if captions else 0
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, top + len(rows) * (height + GAP) + GAP), PAPER)
+    for line, row in enumerate(rows):
+        for column, tile in enumerate(row):
+            tile = Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (GAP + column * (width + GAP), top + GAP + line * (height + GAP)))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
+    for column, text in enumerate(captions or []):
+        pen.text((GAP + column * (width + GAP), 1), text, INK, font)
+    return sheet
+
+
+def occurrence_grid(originals, reconstructions, occurrence, parts=16):
+    """One row per image: the image, its reconstruction, and where each part occurs.
+
+    `occurrence`: B×N×h×w in [0, 1]. Every part's map is scaled by its largest value, which stands above its column.
+    Of more than `parts` parts, those are shown whose maps vary most.
+    """
+    varying = np.argsort(-occurrence.var(axis=(0, 2, 3)), kind="stable")[:parts]
+    shown = sorted(varying.tolist())
+    largest = occurrence.max(axis=(0, 2, 3))
+    rows = [
+        [image, copy] + [lay_over(image, occurrence[number, part] / largest[part]) for part in shown]
+        for number, (image, copy) in enumerate(zip(originals, reconstructions))
+    ]
+    return grid(rows, ["image", "reconstr."] + [f"{part}: {largest[part]:.2f}" for part in shown])

@@ -1,0 +1,145 @@
+"""The options that run.py and classifier.py share, and what they mean together."""
+
+import math
+
+from datasets import DATA_SETS
+from modules import ENCODERS, FIXED_STRIDE
+from utils.console import RunError, UsageError, above, whole
+
+DECODERS = ("pyramid",)
+SCALES = {"resnet": (4, 8, 16, 32), "pyramid": (2, 4, 8, 16, 32, 64)}
+# What a model file knows of itself; where the command line says otherwise, it contradicts the file.
+DESCRIBED = ("arch", "encoder_arch", "decoder_arch", "size", "inet", "ngf", "independent", "scale", "num_parts")
+DESCRIBED += ("hidden_size", "py", "categorical", "hard")
+PARTS_ONLY = ("categorical", "hard", "independent", "py")
+
+
+def add_data_options(parser):
+    """The group `data`."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset", default="cifar100", choices=DATA_SETS, metavar="NAME",
+        help=f"one of {', '.join(DATA_SETS)}. shapes, binshapes, bincircles and digits need no files; folder takes "
+        "your own images (default: %(default)s)",
+    )
+    group.add_argument(
+        "--data-folder", default="./data", metavar="DIR",
+        help="where its files lie or are downloaded to; README lists the layouts (default: %(default)s)",
+    )
+    group.add_argument(
+        "--size", type=whole(2), metavar="PIXELS",
+        help="side of the square images; a multiple of --scale (default: 32 for cifar, mnist, shapes and digits, 64 "
+        "for folders of images)",
+    )
+    group.add_argument(
+        "--inet", action="store_true",
+        help="normalise with ImageNet's mean and deviation instead of 0.5 and 0.5; the reconstruction then weighs about "
+        "five times as much against the KL terms",
+    )
+    group.add_argument(
+        "-j", "--workers", type=whole(0), default=4, metavar="K",
+        help="processes that decode images, at most one per core; 0 decodes in the main process (default: %(default)s)",
+    )
+
+
+def add_model_options(parser):
+    """The group `model`, without --arch, whose choices differ between the scripts."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--encoder-arch", default="resnet", choices=ENCODERS,
+        help="resnet: ResNet-18 cut at --scale; resnet18, resnet50, alexnet: whole, scale 32; pyramid: plain stride-2 "
+        "convolutions (default: %(default)s)",
+    )
+    group.add_argument("--decoder-arch", default="pyramid", choices=DECODERS, help="(default: %(default)s)")
+    group.add_argument(
+        "--ngf", type=whole(1), default=64, metavar="K",
+        help="width: channels of the decoder's last hidden layer and of pyramid's first (default: %(default)s)",
+    )
+    group.add_argument(
+        "--scale", type=whole(2), metavar="K",
+        help="pixels per cell of the part grid: smaller finds smaller parts (default: 8; 32 for the encoders that are "
+        "whole networks)",
+    )
+    group.add_argument(
+        "--num-parts", type=whole(1), default=16, metavar="N", help="number of parts (default: %(default)s)"
+    )
+    group.add_argument(
+        "--hidden-size", type=whole(1), default=6, metavar="D",
+        help="size of a part's appearance; --arch vae uses one vector of N times D (default: %(default)s)",
+    )
+    group.add_argument(
+        "--py", type=above(0, 1), metavar="P", help="prior probability that a part occurs in a cell (default: 1/N)"
+    )
+    group.add_argument(
+        "--categorical", action="store_true", help="exactly one part per cell instead of each part by itself"
+    )
+    group.add_argument(
+        "--hard", action="store_true", help="sample occurrence as 0 or 1, with the relaxed sample's gradient"
+    )
+    group.add_argument(
+        "--independent", action="store_true", help="decode every part by itself and add up; --ngf a multiple of N"
+    )
+    return group
+
+
+def complete(args, given):
+    """Fill in the defaults that depend on other options, and refuse what cannot work together. Changes `args`."""
+    if args.size is None:
+        args.size = DATA_SETS[args.dataset].size
+    if args.scale is None:
+        args.scale = FIXED_STRIDE.get(args.encoder_arch, 8)
+    if args.py is None and not (args.num_parts == 1 and not args.categorical):
+        args.py = 1 / args.num_parts
+    scales = SCALES.get(args.encoder_arch, (FIXED_STRIDE.get(args.encoder_arch),))
+    if args.scale not in scales:
+        raise UsageError(f"--scale {args.scale} with --encoder-arch {args.encoder_arch}: use {_either(scales)}")
+    if args.size % args.scale:
+        near = max(args.scale, round(args.size / args.scale) * args.scale)
+        raise UsageError(f"--size {args.size} is not a multiple of --scale {args.scale}; use --size {near}")
+    if args.arch == "vae":
+        wrong = [name for name in PARTS_ONLY if name in given]
+        if wrong:
+            raise UsageError(f"--{wrong[0]} belongs to parts, which --arch vae has not; leave it out or use --arch patchy")
+    elif args.arch == "patchy":
+        _check_parts(args)
+
+
+def _check_parts(args):
+    if args.py is None:
+        raise UsageError("--num-parts 1 leaves no default for --py, which would be 1; give one below 1, e.g. --py 0.5")
+    if args.py >= 1 and not args.categorical:
+        raise UsageError(f"--py {args.py:g} must lie below 1; a part's default is 1/N")
+    if args.independent and args.ngf % args.num_parts:
+        fit = math.ceil(args.ngf / args.num_parts) * args.num_parts
+        raise UsageError(f"--independent needs --ngf to be a multiple of --num-parts {args.num_parts}; use --ngf {fit}")
+
+
+def _either(choices):
+    *first, last = (str(choice) for choice in choices)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def describe_model(args, channels, mean, std):
+    """What rebuilds the model: the dict of plain values that modules.build_model takes and a model file carries."""
+    return {**{name: getattr(args, name) for name in DESCRIBED}, "channels": channels, "mean": mean, "std": std}
+
+
+def follow_file(args, given, described, path):
+    """Let `args` take over what the model file at `path` says of itself.
+
+    Raises UsageError with all differences where an option on the command line says otherwise, and RunError where
+    the data set's images have another number of channels.
+    """
+    names = [name for name in DESCRIBED if name in given and getattr(args, name) != described[name]]
+    if names:
+        listed = ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)} (file: {described[name]})" for name in names)
+        raise UsageError(f"the options contradict {path}: {listed}; leave them out, the file knows them")
+    channels = DATA_SETS[args.dataset].channels
+    if channels != described["channels"]:
+        raise RunError(
+            f"{path} was trained on images of {described['channels']} channels, those of --dataset {args.dataset} have "
+            f"{channels}; choose another data set or model"
+        )
+    for name in DESCRIBED:
+        setattr(args, name, described[name])
+

@@ -1,0 +1,115 @@
+"""What a run leaves behind while it goes: console lines, metrics.jsonl, TensorBoard, pictures."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from utils.console import RunError, UsageError
+
+
+def prepare_folder(folder, contents, overwrite):
+    """Make `folder` ready for a new run that will write `contents`, a tuple of names.
+
+    A folder that holds one of them is refused, or cleared of them (`overwrite`); nothing else in it is touched.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output-folder {folder} is a file; give the name of a folder")
+    found = [folder / name for name in contents if (folder / name).exists()]
+    if found and not overwrite:
+        raise UsageError(
+            f"--output-folder {folder} already holds a run ({found[0].name}); choose another folder, or give "
+            "--overwrite to replace that run"
+        )
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class Means:
+    """Means over images of named values, summed where they are computed, so that the device is not waited for."""
+
+    def __init__(self):
+        self.sums, self.images = {}, 0
+
+    def add(self, values):
+        """Add a batch: a dict of vectors, one value per image."""
+        for name, vector in values.items():
+            self.sums[name] = self.sums.get(name, 0) + vector.detach().sum(dtype=torch.float64)
+        self.images += len(vector)
+
+    def take(self, other):
+        """Add what `other` has summed."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.images += other.images
+
+    def read(self):
+        """The means: a dict of floats. Raises RunError where one is not finite."""
+        means = {name: value.item() / self.images for name, value in self.sums.items()}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise RunError(f"the loss is no finite number any more ({name}: {value}); use a smaller --lr")
+        return means
+
+
+class Tracker:
+    """Writes a run's figures and pictures into its folder, each at the step it belongs to."""
+
+    def __init__(self, folder, lines="metrics.jsonl", logs="logs"):
+        self.folder = Path(folder)
+        self.lines = open(self.folder / lines, "a", encoding="utf-8")
+        self.board = SummaryWriter(self.folder / logs)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *reason):
+        self.board.close()
+        self.lines.close()
+
+    def event(self, event, **values):
+        """Append one JSON line: the kind of event and its values, floats with six digits."""
+        tidy = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
+        self.lines.write(json.dumps({"event": event, **tidy}) + "\n")
+        self.lines.flush()
+
+    def scalars(self, step, values):
+        """Send a dict of TensorBoard tags and numbers."""
+        for tag, value in values.items():
+            self.board.add_scalar(tag, value, step)
+
+    def picture(self, tag, step, image, path):
+        """Keep a PIL image as the file `path` in the folder and under `tag` in TensorBoard."""
+        (self.folder / path).parent.mkdir(exist_ok=True)
+        image.save(self.folder / path)
+        self.board.add_image(tag, np.asarray(image), step, dataformats="HWC")
+
+    def options(self, options, result):
+        """Send the run's options and its final figures to TensorBoard's hparams."""
+        plain = {name: "" if value is None else value for name, value in options.items()}
+        for summary in hparams(plain, result):  # three records; add_hparams would open a folder of its own
+            self.board.file_writer.add_summary(summary)
+        for name, value in result.items():
+            self.board.add_scalar(name, value)
+
+
+def write_json(path, content):
+    """Write `content` as indented JSON."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+
+
+def relative(path):
+    """`path` as the user would type it from here, if it lies below here."""
+    path = os.path.relpath(path)
+    return os.path.abspath(path) if path.startswith("..") else path
