@@ -383,3 +383,51 @@ def build_model(options):
     return PatchVAE(
         encoder, features, decoder, o["num_parts"], o["hidden_size"], grid, o["py"], o["categorical"], o["hard"]
     )
+
+
+# ---------------------------------------------------------------------------------------------------- recognition
+
+# --freeze names of the paper's protocol: how many children of the encoder end with convolution block 1, 3, 5
+NAMED_CUTS = {"resnet": (4, 6, 8), "alexnet": (3, 8, 13), "pyramid": (1, 3, 5)}
+
+
+class Classifier(nn.Module):
+    """An encoder, frozen as far as it is wanted, under a small head that names the class."""
+
+    def __init__(self, encoder, feature_size, classes, pooled=False):
+        """`pooled`: average the encoder's map over its cells (feature_size = D) instead of flattening it (D·h·w)."""
+        super().__init__()
+        self.encoder, self.pooled, self.frozen = encoder, pooled, 0
+        self.head = nn.Sequential(nn.Dropout(), nn.Linear(feature_size, 512), nn.ReLU(), nn.Linear(512, classes))
+
+    def forward(self, x):
+        """x: B×C×H×W normalised pixels -> logits: B×classes."""
+        return self.head(self.features(x))
+
+    def features(self, x):
+        """x: B×C×H×W -> what the head sees: B×feature_size."""
+        f = self.encoder(x)  # B×D×h×w
+        return f.mean(dim=(2, 3)) if self.pooled else f.flatten(1)
+
+    def freeze(self, children):
+        """Freeze the first `children` children of the encoder: no gradient, no new running statistics."""
+        self.frozen = children
+        for child in self.frozen_children():
+            child.requires_grad_(False)
+        self.train(self.training)
+
+    def freeze_normalisation(self):
+        """Keep scale and shift of the encoder's BatchNorm layers, as in a pretrained encoder."""
+        for module in self.encoder.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+
+    def frozen_children(self):
+        return list(self.encoder.children())[: self.frozen]
+
+    def train(self, mode=True):
+        """As in every module, but frozen children stay in evaluation mode."""
+        super().train(mode)
+        for child in self.frozen_children():
+            child.eval()
+        return self

@@ -29,6 +29,9 @@ def build_parser():
         "--arch", default="patchy", choices=modules.ARCHS,
         help="patchy: PatchVAE; vae: the beta-VAE with the same encoder and decoder (default: %(default)s)",
     )
+    model.add_argument(
+        "--py", type=console.above(0, 1), metavar="P", help="prior probability that a part occurs in a cell (default: 1/N)"
+    )
     loss = parser.add_argument_group("loss")
     loss.add_argument(
         "--beta-a", "--beta-app", type=console.real(0), default=1.0, metavar="X",
@@ -101,12 +104,21 @@ def parse(argv):
     if file:
         options.follow_file(args, given, file["options"], args.pretrained)
     options.complete(args, given)
+    args.py = prior(args)
     args.batch_size = min(args.batch_size, args.img_per_epoch)
     if args.batch_size == 1 and args.size == args.scale:
         raise console.UsageError("--batch-size 1 on a grid of one cell leaves nothing to normalise over; use 2 or more")
     if args.min_temp > args.temp:
         raise console.UsageError(f"--min-temp {args.min_temp:g} is above --temp {args.temp:g}; swap them or drop one")
     return args, file
+
+
+def prior(args):
+    """The prior probability of a part: --py, or 1/N."""
+    py = 1 / args.num_parts if args.py is None else args.py
+    if py == 1 and args.arch == "patchy" and not args.categorical:
+        raise console.UsageError("--py must lie below 1, and a single part has no default; give one, e.g. --py 0.5")
+    return py
 
 
 def main(argv=None):

@@ -40,3 +40,13 @@ def call(script, *options, cwd=None, env=None, timeout=240):
 def class_folder(tmp_path_factory):
     """A folder of CLASS/* with twelve images in two classes."""
     return paint_classes(tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run of two epochs: its folder and what main returned."""
+    import run
+
+    folder = tmp_path_factory.mktemp("run") / "scratch"
+    options = ["--dataset", "digits", *TINY, "--num-epochs", "2", "--log-interval", "1", "--output-folder", str(folder)]
+    return folder, run.main(options)

@@ -1,6 +1,7 @@
 """Bad input: one line on stderr that names the culprit and the remedy, the right exit status, nothing lost."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,10 @@ MODEL_OPTIONS = ["--dataset", "digits", *TINY]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, finished):
     """A folder with everything that can be wrong in it."""
     place = tmp_path_factory.mktemp("place")
-    run.main([*MODEL_OPTIONS, "--output-folder", str(place / "finished")])
+    shutil.copytree(finished[0], place / "finished")
     content = checkpoints.load(place / "finished/model.pt", checkpoints.MODEL)
     torch.save({**content, "kind": "another"}, place / "other.pt")
     torch.save(torch.zeros(3), place / "tensor.pt")
@@ -56,7 +57,7 @@ BAD_INPUT = [
     ("--temp 0.05", 2, ["--min-temp", "--temp"]),
     ("--py 0", 2, ["--py", "above 0"]),
     ("--py 1", 2, ["--py", "below 1"]),
-    ("--num-parts 1", 2, ["--num-parts 1", "--py 0.5"]),
+    ("--num-parts 1", 2, ["single part", "--py 0.5"]),
     ("--seed -1", 2, ["--seed"]),
     ("--num-epochs 0", 2, ["--num-epochs"]),
     ("--workers -1", 2, ["--workers"]),
@@ -79,8 +80,8 @@ BAD_INPUT = [
     ("--pretrained {place}/none.pt", 1, ["none.pt", "no such file"]),
     ("--pretrained {place}/garbage.pt", 1, ["garbage.pt", "damaged"]),
     ("--pretrained {place}/cut.pt", 1, ["cut.pt", "damaged"]),
-    ("--pretrained {place}/other.pt", 1, ["other.pt", "expected a patchvae-model"]),
-    ("--pretrained {place}/tensor.pt", 1, ["tensor.pt", "expected a patchvae-model"]),
+    ("--pretrained {place}/other.pt", 1, ["other.pt", "expected a model.pt"]),
+    ("--pretrained {place}/tensor.pt", 1, ["tensor.pt", "expected a model.pt"]),
     ("--pretrained {place}/finished/model.pt --num-parts 5 --hard", 2, ["--num-parts 5 (file: 16)", "--hard"]),
     ("--dataset shapes --pretrained {place}/finished/model.pt", 1, ["channels", "--dataset shapes"]),
     ("--evaluate --output-folder {place}/empty", 1, ["model.pt", "train a model first"]),

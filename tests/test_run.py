@@ -16,14 +16,6 @@ from utils import checkpoints
 TERMS = ("recon", "kl_app", "kl_occ", "kl_app_weighted", "kl_occ_weighted", "total")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of two epochs: its folder and what main returned."""
-    folder = tmp_path_factory.mktemp("run") / "scratch"
-    options = ["--dataset", "digits", *TINY, "--num-epochs", "2", "--log-interval", "1", "--output-folder", str(folder)]
-    return folder, run.main(options)
-
-
 def test_output_folder_holds_what_the_readme_says(finished):
     folder, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -8,7 +8,8 @@ import torch
 
 from utils.console import RunError
 
-MODEL, TRAINING = "patchvae-model", "patchvae-training"  # what model.pt and checkpoints/ say they are
+# What the files say they are, and where each belongs.
+MODEL, TRAINING, CLASSIFIER = "model.pt of run.py", "checkpoint of run.py", "checkpoint of classifier.py"
 KEPT = 3  # how many checkpoints of a run stay
 
 
@@ -42,7 +43,7 @@ def save_numbered(folder, step, content):
 
 
 def load(path, kind, device="cpu"):
-    """The content that was saved under `path` as {"kind": kind, …}. Raises RunError with the reason otherwise."""
+    """The content that was saved to `path` as {"kind": kind, …}. Raises RunError with the reason otherwise."""
     if not os.path.isfile(path):
         raise RunError(f"{path}: no such file; train a model first, or give the path of one")
     try:
@@ -56,5 +57,5 @@ def load(path, kind, device="cpu"):
         raise RunError(f"{path}: not a file that this program wrote, or damaged ({reason})") from None
     found = content.get("kind") if isinstance(content, dict) else None
     if found != kind:
-        raise RunError(f"{path}: expected a {kind} file, found {found or 'something else'}")
+        raise RunError(f"{path}: expected a {kind}, found {'a ' + found if found else 'something else'}; give another file")
     return content

@@ -58,3 +58,11 @@ def occurrence_grid(originals, reconstructions, occurrence, parts=16):
         for number, (image, copy) in enumerate(zip(originals, reconstructions))
     ]
     return grid(rows, ["image", "reconstr."] + [f"{part}: {largest[part]:.2f}" for part in shown])
+
+
+def matrix(values):
+    """A square matrix of numbers from 0 to 1 as heat, at least 400 pixels wide where it has few rows: PIL image."""
+    cell = max(1, 400 // len(values))
+    ink = 255 - np.array([120, 0, 0])  # from white to dark red
+    shades = np.round(255 - np.clip(values, 0, 1)[..., None] * ink).astype(np.uint8)
+    return Image.fromarray(shades).resize((cell * len(values),) * 2, Image.Resampling.NEAREST)

@@ -4,7 +4,7 @@ import math
 
 from datasets import DATA_SETS
 from modules import ENCODERS, FIXED_STRIDE
-from utils.console import RunError, UsageError, above, whole
+from utils.console import RunError, UsageError, whole
 
 DECODERS = ("pyramid",)
 SCALES = {"resnet": (4, 8, 16, 32), "pyramid": (2, 4, 8, 16, 32, 64)}
@@ -68,9 +68,6 @@ def add_model_options(parser):
         help="size of a part's appearance; --arch vae uses one vector of N times D (default: %(default)s)",
     )
     group.add_argument(
-        "--py", type=above(0, 1), metavar="P", help="prior probability that a part occurs in a cell (default: 1/N)"
-    )
-    group.add_argument(
         "--categorical", action="store_true", help="exactly one part per cell instead of each part by itself"
     )
     group.add_argument(
@@ -88,8 +85,6 @@ def complete(args, given):
         args.size = DATA_SETS[args.dataset].size
     if args.scale is None:
         args.scale = FIXED_STRIDE.get(args.encoder_arch, 8)
-    if args.py is None and not (args.num_parts == 1 and not args.categorical):
-        args.py = 1 / args.num_parts
     scales = SCALES.get(args.encoder_arch, (FIXED_STRIDE.get(args.encoder_arch),))
     if args.scale not in scales:
         raise UsageError(f"--scale {args.scale} with --encoder-arch {args.encoder_arch}: use {_either(scales)}")
@@ -100,15 +95,6 @@ def complete(args, given):
         wrong = [name for name in PARTS_ONLY if name in given]
         if wrong:
             raise UsageError(f"--{wrong[0]} belongs to parts, which --arch vae has not; leave it out or use --arch patchy")
-    elif args.arch == "patchy":
-        _check_parts(args)
-
-
-def _check_parts(args):
-    if args.py is None:
-        raise UsageError("--num-parts 1 leaves no default for --py, which would be 1; give one below 1, e.g. --py 0.5")
-    if args.py >= 1 and not args.categorical:
-        raise UsageError(f"--py {args.py:g} must lie below 1; a part's default is 1/N")
     if args.independent and args.ngf % args.num_parts:
         fit = math.ceil(args.ngf / args.num_parts) * args.num_parts
         raise UsageError(f"--independent needs --ngf to be a multiple of --num-parts {args.num_parts}; use --ngf {fit}")
@@ -124,13 +110,14 @@ def describe_model(args, channels, mean, std):
     return {**{name: getattr(args, name) for name in DESCRIBED}, "channels": channels, "mean": mean, "std": std}
 
 
-def follow_file(args, given, described, path):
-    """Let `args` take over what the model file at `path` says of itself.
+def follow_file(args, given, described, path, free=()):
+    """Let `args` take over what the model file at `path` says of itself, but for the options `free`, where given.
 
     Raises UsageError with all differences where an option on the command line says otherwise, and RunError where
     the data set's images have another number of channels.
     """
-    names = [name for name in DESCRIBED if name in given and getattr(args, name) != described[name]]
+    fixed = [name for name in DESCRIBED if name not in free]
+    names = [name for name in fixed if name in given and getattr(args, name) != described[name]]
     if names:
         listed = ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)} (file: {described[name]})" for name in names)
         raise UsageError(f"the options contradict {path}: {listed}; leave them out, the file knows them")
@@ -141,5 +128,6 @@ def follow_file(args, given, described, path):
             f"{channels}; choose another data set or model"
         )
     for name in DESCRIBED:
-        setattr(args, name, described[name])
+        if not (name in free and name in given):
+            setattr(args, name, described[name])
 

@@ -10,10 +10,16 @@ import sklearn
 import torch
 import torchvision
 
+from utils.console import UsageError
 
-def choose_device(no_cuda=False):
-    """The first CUDA device if there is one and it is wanted, the CPU otherwise."""
-    return torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu")
+
+def choose_device(no_cuda=False, gpu=0):
+    """CUDA device number `gpu` if there is one and it is wanted, the CPU otherwise."""
+    if no_cuda or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if gpu >= torch.cuda.device_count():
+        raise UsageError(f"--gpu {gpu}: this machine has the GPUs 0 to {torch.cuda.device_count() - 1}")
+    return torch.device("cuda", gpu)
 
 
 def describe(device):

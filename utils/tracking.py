@@ -11,18 +11,20 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from utils import checkpoints
 from utils.console import RunError, UsageError
 
 
-def prepare_folder(folder, contents, overwrite):
+def prepare_folder(folder, contents, overwrite=False, keep=False):
     """Make `folder` ready for a new run that will write `contents`, a tuple of names.
 
-    A folder that holds one of them is refused, or cleared of them (`overwrite`); nothing else in it is touched.
+    A folder that holds one of them is refused, cleared of them (`overwrite`), or used as it is (`keep`, to go on).
+    Nothing else in it is touched.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-folder {folder} is a file; give the name of a folder")
-    found = [folder / name for name in contents if (folder / name).exists()]
+    found = [folder / name for name in contents if (folder / name).exists() and not keep]
     if found and not overwrite:
         raise UsageError(
             f"--output-folder {folder} already holds a run ({found[0].name}); choose another folder, or give "
@@ -64,10 +66,13 @@ class Means:
 class Tracker:
     """Writes a run's figures and pictures into its folder, each at the step it belongs to."""
 
-    def __init__(self, folder, lines="metrics.jsonl", logs="logs"):
+    def __init__(self, folder, lines="metrics.jsonl", logs="logs", step=0):
+        """`step`: the run goes on after this step; what was recorded later is dropped, as it will come again."""
         self.folder = Path(folder)
+        if step:
+            _drop_later_lines(self.folder / lines, step)
         self.lines = open(self.folder / lines, "a", encoding="utf-8")
-        self.board = SummaryWriter(self.folder / logs)
+        self.board = SummaryWriter(self.folder / logs, purge_step=step + 1 if step else None)
 
     def __enter__(self):
         return self
@@ -100,6 +105,20 @@ class Tracker:
             self.board.file_writer.add_summary(summary)
         for name, value in result.items():
             self.board.add_scalar(name, value)
+
+
+def _drop_later_lines(path, step):
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # cut by the end of the process
+        if event.get("step", 0) <= step and event["event"] != "end":
+            kept.append(line)
+    checkpoints.write(path, lambda file: file.write("".join(kept).encode()))
 
 
 def write_json(path, content):

@@ -1,0 +1,434 @@
+"""Judge an encoder by recognition: train a small head on top of it, frozen or not, or a supervised network.
+
+    python classifier.py --dataset shapes --arch patchy --pretrained scratch/model.pt --freeze -1 --epochs 10
+    python classifier.py --dataset digits --arch resnet18 --epochs 15 --lr 0.05 --output-folder supervised
+"""
+
+import argparse
+import csv
+import math
+import os
+import time
+
+import numpy as np
+import sklearn.metrics
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import modules
+from datasets import DATA_SETS, Batches, normalisation, open_split
+from utils import checkpoints, console, features, grids, options, runtime, tracking
+
+SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the encoders that run.py trains
+CUTS = ("conv1", "conv1-3", "conv1-5")
+CONTENTS = ("checkpoint.pt", "best.pt", "classifier.jsonl", "logs_classifier", "results.json", "per_class.csv", "confusion.png")
+
+
+def build_parser():
+    parser = console.Parser(description=__doc__)
+    options.add_data_options(parser)
+    model = options.add_model_options(parser)
+    model.add_argument(
+        "--arch", default="alexnet", choices=(*SUPERVISED, *modules.ARCHS),
+        help="alexnet, resnet18: the whole network; patchy, vae: the encoder that run.py trains (default: %(default)s)",
+    )
+    model.add_argument(
+        "--pretrained", metavar="FILE",
+        help="take the encoder's weights from this model.pt, which knows its own model options; resnet18 takes what fits",
+    )
+    model.add_argument(
+        "--random-init", action="store_true",
+        help="keep the encoder's random weights, also under --freeze: the floor that training has to beat",
+    )
+    model.add_argument(
+        "--freeze", type=freeze_type, default=0, metavar="K",
+        help="freeze the encoder's first K children; -1: all; or the paper's conv1, conv1-3, conv1-5 (default: %(default)s)",
+    )
+    probe = parser.add_argument_group("what to train")
+    probe.add_argument(
+        "--linear", action="store_true", help="instead of the head: logistic regression on the frozen encoder's features"
+    )
+    probe.add_argument("--knn", action="store_true", help="instead of the head: a vote of the nearest training images")
+    probe.add_argument(
+        "--label-fraction", type=console.above(0, 1), default=1.0, metavar="P",
+        help="share of every class's training labels to use, e.g. 0.01 (default: all)",
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=console.whole(1), default=90, metavar="K", help="(default: %(default)s)")
+    training.add_argument(
+        "--step", type=console.whole(1), default=30, metavar="K",
+        help="the learning rate falls to a tenth every K epochs (default: %(default)s)",
+    )
+    training.add_argument(
+        "--start-epoch", type=console.whole(0), default=0, metavar="K",
+        help="count the first K epochs as done; --resume knows by itself (default: %(default)s)",
+    )
+    training.add_argument(
+        "-b", "--batch-size", type=console.whole(1), default=256, metavar="K", help="images of one step (default: %(default)s)"
+    )
+    training.add_argument(
+        "--lr", type=console.above(0), default=0.1, metavar="X", help="SGD's learning rate at the start (default: %(default)s)"
+    )
+    training.add_argument("--momentum", type=console.real(0, 1), default=0.9, metavar="X", help="(default: %(default)s)")
+    training.add_argument(
+        "--wd", "--weight-decay", type=console.real(0), default=1e-4, metavar="X", help="weight decay (default: %(default)s)"
+    )
+    training.add_argument(
+        "--seed", type=console.whole(0), default=1, metavar="K", help="of weights, order and dropout (default: %(default)s)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output-folder", default="./scratch", metavar="DIR",
+        help="where best.pt, checkpoint.pt, results.json and the rest go (default: %(default)s)",
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace the classifier that the output folder holds")
+    output.add_argument(
+        "--resume", nargs="?", const="", metavar="FILE",
+        help="go on from this checkpoint (default: the output folder's checkpoint.pt), with its options",
+    )
+    output.add_argument(
+        "-e", "--evaluate", action="store_true", help="only test: the output folder's best.pt, or --resume FILE"
+    )
+    output.add_argument(
+        "-p", "--print-freq", type=console.whole(1), default=10, metavar="K", help="steps between logged figures (default: %(default)s)"
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
+    machine.add_argument("--gpu", type=console.whole(0), metavar="K", help="use this GPU (default: the first)")
+    for name in ("--world-size", "--rank", "--dist-url", "--dist-backend"):
+        machine.add_argument(name, metavar="X", help="accepted for old scripts and not used: start with torchrun instead")
+    machine.add_argument("--multiprocessing-distributed", action="store_true", help="likewise")
+    return parser
+
+
+def freeze_type(text):
+    """An argparse type: conv1, conv1-3, conv1-5 or a whole number from -1."""
+    if text in CUTS:
+        return text
+    try:
+        return console.whole(-1)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number of -1 or more nor {', '.join(CUTS)}") from None
+
+
+def parse(argv):
+    """The checked options, the content of the --pretrained file and that of the checkpoint to go on from (or None)."""
+    parser = build_parser()
+    args, given = parser.parse_args(argv), parser.given(argv)
+    checkpoint = None
+    if args.resume is not None or args.evaluate:
+        path = args.resume or os.path.join(args.output_folder, "best.pt" if args.evaluate else "checkpoint.pt")
+        checkpoint = checkpoints.load(path, checkpoints.CLASSIFIER)
+        take_over(args, given, checkpoint["args"], path)
+        return args, None, checkpoint
+    file = checkpoints.load(args.pretrained, checkpoints.MODEL) if args.pretrained else None
+    if args.arch in SUPERVISED:
+        given.discard("arch")  # it names this network, not the one in the file
+    arch = args.arch
+    if file:
+        options.follow_file(args, given, file["options"], args.pretrained, free=("size",))
+    if arch in SUPERVISED:
+        args.arch = args.encoder_arch = arch
+        args.scale = modules.FIXED_STRIDE[arch]
+    options.complete(args, given)
+    untrained = not (args.pretrained or args.random_init)
+    if untrained and (args.freeze != 0 or args.linear or args.knn):
+        flag = "--freeze" if args.freeze != 0 else "--linear" if args.linear else "--knn"
+        raise console.UsageError(f"{flag} needs a trained encoder: give --pretrained FILE, or --random-init for the floor")
+    return args, file, None
+
+
+def take_over(args, given, saved, path):
+    """Let `args` follow the options that a checkpoint was trained with, but for those that do not change the result."""
+    free = ("data_folder", "output_folder", "workers", "epochs", "print_freq", "overwrite", "resume", "evaluate", "no_cuda", "gpu")
+    names = [name for name in saved if name in given and name not in free and getattr(args, name) != saved[name]]
+    if names:
+        listed = ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)} (file: {saved[name]})" for name in names)
+        raise console.UsageError(f"the options contradict {path}: {listed}; leave them out, the file knows them")
+    for name, value in saved.items():
+        if name not in ("overwrite", "resume", "evaluate", "output_folder") and not (name in free and name in given):
+            setattr(args, name, value)
+
+
+def main(argv=None):
+    """Train, probe or evaluate as `argv` says; returns the figures, as results.json holds them: a dict."""
+    args, file, checkpoint = parse(argv)
+    device = runtime.choose_device(args.no_cuda, args.gpu or 0)
+    train, test = open_labelled(args, device)
+    torch.manual_seed(args.seed)
+    model = build_model(args, len(train.source.classes)).to(device)
+    print(f"{args.dataset}: {len(train):,} training and {len(test):,} test images of {len(train.source.classes)} classes, {args.size} px, {runtime.describe(device)}")
+    if checkpoint:
+        restore(model, checkpoint)
+    load = file and not args.random_init
+    fresh = load_encoder(model, file["model"], args.pretrained) if load else []
+    prepare_layers(args, model, fresh)
+    if args.evaluate:
+        figures, _, _ = evaluate(model, test, args.batch_size)
+        print(f"test  {in_words(figures)}")
+        return figures
+    folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
+    if args.linear or args.knn:
+        results, scores, labels = probe(args, model, train, test)
+    else:
+        results, scores, labels = fit(args, model, train, test, folder, checkpoint)
+    write_results(args, folder, train.source.classes, results, scores, labels)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------- data and model
+
+
+def open_labelled(args, device):
+    """Training and test Batches, both with labels that mean the same classes."""
+    row = DATA_SETS[args.dataset]
+    train, test = (open_split(args.dataset, args.data_folder, split, args.size) for split in ("train", "test"))
+    for source in (train, test):
+        if source.labels is None:
+            raise console.RunError(
+                f"{args.data_folder}: images without classes; a classifier needs train/CLASS/* and val/CLASS/*, or CLASS/*"
+            )
+    if test.classes != train.classes:
+        unknown = sorted(set(test.classes) - set(train.classes))
+        if unknown:
+            raise console.RunError(f"{args.data_folder}: test images of the class {unknown[0]}, which has no training images")
+        test.labels = np.array([train.classes.index(name) for name in test.classes])[test.labels]
+    if len(train.classes) < 2:
+        raise console.RunError(f"--dataset {args.dataset} has a single class; there is nothing to tell apart")
+    if args.label_fraction < 1:
+        train = train.subset(few_labels(train.labels, args.label_fraction, args.seed))
+    mean, std = normalisation(row.channels, args.inet)
+    return [Batches(source, args.size, mean, std, device, args.workers, row.flip) for source in (train, test)]
+
+
+def few_labels(labels, fraction, seed):
+    """Sorted positions of `fraction` of every class, rounded: an int array. Raises UsageError if a class gets none."""
+    generator, chosen = np.random.default_rng(seed), []
+    for name in np.unique(labels):
+        members = np.flatnonzero(labels == name)
+        count = round(fraction * len(members))
+        if count == 0:
+            least = 1 / np.bincount(labels)[np.unique(labels)].min()
+            raise console.UsageError(f"--label-fraction {fraction:g} leaves a class without an image; use {least:.2g} or more")
+        chosen.append(generator.permutation(members)[:count])
+    return np.sort(np.concatenate(chosen))
+
+
+def build_model(args, classes):
+    """A modules.Classifier with fresh weights."""
+    encoder, channels = modules.build_encoder(args.encoder_arch, DATA_SETS[args.dataset].channels, args.scale, args.ngf)
+    pooled = args.arch in SUPERVISED
+    cells = 1 if pooled else (args.size // args.scale) ** 2
+    return modules.Classifier(encoder, channels * cells, classes, pooled)
+
+
+def load_encoder(model, weights, path):
+    """Take what fits from the weights of a whole model, and say so. Returns the encoder's children that stay fresh."""
+    own = model.encoder.state_dict()
+    saved = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+    fitting = {name: value for name, value in saved.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise console.RunError(f"{path}: none of its encoder's {len(saved)} tensors fits this encoder; check --arch")
+    model.encoder.load_state_dict(fitting, strict=False)
+    fresh = list(dict.fromkeys(name.split(".")[0] for name in own if name not in fitting))
+    print(f"loaded {len(fitting)} of {len(model.state_dict())} tensors from {path}; fresh: {', '.join([*fresh, 'head'])}")
+    return fresh
+
+
+def prepare_layers(args, model, fresh):
+    """Freeze what --freeze names; keep BatchNorm's scale and shift where the encoder comes from a file."""
+    names = [name for name, _ in model.encoder.named_children()]
+    count = args.freeze
+    if count in CUTS:
+        family = args.encoder_arch if args.encoder_arch in modules.NAMED_CUTS else "resnet"
+        count = modules.NAMED_CUTS[family][CUTS.index(count)]
+    if count == -1 or args.linear or args.knn:
+        count = len(names)
+    if count > len(names):
+        raise console.UsageError(
+            f"--freeze {args.freeze}: this encoder ends with its child number {len(names)} ({', '.join(names)}); -1 freezes all"
+        )
+    random = [name for name in names[:count] if name in fresh]
+    if random:
+        raise console.UsageError(
+            f"--freeze {args.freeze} would freeze random weights: {args.pretrained} has no {random[0]} that fits; "
+            f"use --freeze {names.index(random[0])}"
+        )
+    if args.pretrained and not args.random_init:
+        model.freeze_normalisation()
+    model.freeze(count)
+    weights = "pretrained" if args.pretrained and not args.random_init else "random"
+    frozen = f"{names[0]} to {names[count - 1]}" if count else "nothing"
+    print(f"{args.arch}: encoder {args.encoder_arch} with {weights} weights at the start, frozen: {frozen}")
+
+
+def restore(model, checkpoint):
+    """Load the weights of a classifier's checkpoint."""
+    classes = model.head[-1].out_features
+    if checkpoint["classes"] != classes:
+        raise console.RunError(
+            f"the checkpoint knows {checkpoint['classes']} classes, the data have {classes}; check --dataset and --data-folder"
+        )
+    model.load_state_dict(checkpoint["model"])
+
+
+# ---------------------------------------------------------------------------------------------------- the head
+
+
+def fit(args, model, train, test, folder, checkpoint=None):
+    """Train, test after every epoch, keep the best by test accuracy and the last.
+
+    Returns the results, and of the best model the scores (N×classes) and labels (N) of the test images.
+    """
+    network, train, test = skip_frozen_encoder(args, model, train, test)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.wd)
+    batch_size = min(args.batch_size, len(train))
+    steps = math.ceil(len(train) / batch_size)
+    done, best, last = args.start_epoch, None, None
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        done, best, last = checkpoint["epoch"], checkpoint["best"], checkpoint["last"]
+    stream = train.training(batch_size, args.seed, done * steps + 1, args.epochs * steps)
+    with tracking.Tracker(folder, "classifier.jsonl", "logs_classifier", done * steps) as tracker:
+        for epoch in range(done + 1, args.epochs + 1):
+            lr = optimizer.param_groups[0]["lr"] = learning_rate_at(epoch, args.lr, args.step)
+            means, speed = train_epoch(args, network, optimizer, stream, epoch, steps, tracker)
+            figures, scores, labels = evaluate(network, test, args.batch_size)
+            last = {"epoch": epoch, **figures}
+            report(args, means, last, lr, speed, epoch * steps, tracker)
+            improved = best is None or last["top1"] > best["top1"]
+            best = last if improved else best
+            content = {"kind": checkpoints.CLASSIFIER, "args": vars(args), "classes": scores.shape[1], "epoch": epoch}
+            content |= {"best": best, "last": last, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            for name in ("best.pt", "checkpoint.pt") if improved else ("checkpoint.pt",):
+                checkpoints.save(folder / name, content)
+        if best is None:
+            raise console.UsageError(f"--start-epoch {args.start_epoch} leaves none of --epochs {args.epochs} to train")
+        restore(model, checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER))
+        _, scores, labels = evaluate(network, test, args.batch_size)
+        tracker.picture("confusion", args.epochs * steps, confusion_picture(scores, labels), "confusion.png")
+    return {"best": best, "last": last}, scores, labels
+
+
+def skip_frozen_encoder(args, model, train, test):
+    """The network to train and its batches: the whole model, or, if the encoder is frozen, the head on stored features."""
+    if model.frozen < len(list(model.encoder.children())):
+        return model, train, test
+    views = 2 if train.flip else 1
+    fits, needed = features.fits_in_memory(views * len(train) + len(test), model.head[1].in_features)
+    if not fits:
+        print(f"stored features would take {needed / 2**30:.1f} GiB, too much for this memory: encoding every epoch anew")
+        return model, train, test
+    started = time.perf_counter()
+    stored = [features.StoredFeatures(model, batches, args.batch_size, mirror) for batches, mirror in ((train, train.flip), (test, False))]
+    print(f"encoded every image once ({views} views), {needed / 2**20:.0f} MiB in {time.perf_counter() - started:.1f} s: the head trains on that")
+    return model.head, *stored
+
+
+def learning_rate_at(epoch, start, step):
+    """The learning rate of epoch 1, 2, …: a tenth every `step` epochs."""
+    return start * 0.1 ** ((epoch - 1) // step)
+
+
+def train_epoch(args, network, optimizer, stream, epoch, steps, tracker):
+    """`steps` steps on the next batches of `stream`. Returns mean loss and top-1, and images per second."""
+    network.train()
+    whole, window, started = tracking.Means(), tracking.Means(), time.perf_counter()
+    for number in tqdm(range(1, steps + 1), f"epoch {epoch}", unit="step", leave=False, disable=None):
+        x, labels = next(stream)
+        step = (epoch - 1) * steps + number
+        runtime.seed_step(args.seed, step)
+        logits = network(x)  # B×classes
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        window.add({"loss": loss, "top1": 100.0 * (logits.argmax(1) == labels)})
+        if number % args.print_freq == 0 or number == steps:
+            tracker.event("train", epoch=epoch, step=step, **window.read())
+            whole.take(window)
+            window = tracking.Means()
+    return whole.read(), whole.images / (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def evaluate(network, test, batch_size):
+    """Every test image once: figures (loss, top1 and, of more than five classes, top5), scores N×classes, labels N."""
+    network.eval()
+    batches = [(network(x).cpu(), labels.cpu()) for x, labels in test.in_order(batch_size)]
+    scores, labels = (torch.cat(parts) for parts in zip(*batches))
+    return {"loss": F.cross_entropy(scores, labels).item(), **accuracy(scores, labels)}, scores, labels
+
+
+def accuracy(scores, labels):
+    """Percentages of labels (N) that have the highest score of N×classes, or one of the five highest."""
+    shares = {"top1": (scores.argmax(1) == labels).double().mean().item() * 100}
+    if scores.shape[1] > 5:
+        shares["top5"] = (scores.topk(5, dim=1).indices == labels[:, None]).any(1).double().mean().item() * 100
+    return shares
+
+
+def report(args, means, last, lr, speed, step, tracker):
+    """An epoch on the console, in classifier.jsonl and in TensorBoard."""
+    print(f"epoch {last['epoch']}/{args.epochs}  train {in_words(means)}  test {in_words(last)}  lr {lr:g}  {speed:.0f} images/s", flush=True)
+    tracker.event("test", step=step, learning_rate=lr, images_per_second=speed, train=means, **last)
+    figures = {f"{name}/train": value for name, value in means.items()}
+    figures |= {f"{name}/test": value for name, value in last.items() if name != "epoch"}
+    tracker.scalars(step, {**figures, "learning_rate": lr, "images_per_second": speed})
+
+
+def in_words(figures):
+    words = {"loss": "loss {:.3f}", "top1": "top-1 {:.2f}", "top5": "top-5 {:.2f}"}
+    return "  ".join(words[name].format(figures[name]) for name in words if name in figures)
+
+
+# ---------------------------------------------------------------------------------------------------- probes and results
+
+
+def probe(args, model, train, test):
+    """Linear and nearest-neighbour probes on frozen features. Returns the results, the last probe's scores, and labels."""
+    model.eval()
+    x, labels = features.extract(model.features, train, args.batch_size)
+    test_x, test_labels = features.extract(model.features, test, args.batch_size)
+    kinds = {"linear": args.linear and features.linear_probe, "knn": args.knn and features.neighbour_probe}
+    results = {}
+    for name, fit_and_score in kinds.items():
+        if fit_and_score:
+            started = time.perf_counter()
+            scores, settings = fit_and_score(x.numpy(), labels.numpy(), test_x.numpy(), len(train.source.classes), args.seed)
+            scores = torch.from_numpy(scores)
+            results[name] = {**accuracy(scores, test_labels), **settings, "seconds": time.perf_counter() - started}
+            print(f"{name}  {in_words(results[name])}  {settings}")
+    return results, scores, test_labels
+
+
+def write_results(args, folder, classes, results, scores, labels):
+    """results.json, per_class.csv and confusion.png, and the last words on the console."""
+    protocol = {name: getattr(args, name) for name in ("arch", "encoder_arch", "scale", "pretrained", "random_init", "freeze")}
+    protocol |= {name: getattr(args, name) for name in ("epochs", "step", "lr", "momentum", "wd", "batch_size", "label_fraction")}
+    data = {name: getattr(args, name) for name in ("dataset", "data_folder", "size", "inet")}
+    content = {"protocol": protocol, "data": {**data, "classes": len(classes), "test_images": len(labels)}, "seed": args.seed}
+    tracking.write_json(folder / "results.json", {**results, **content, **runtime.record()})
+    hits, images = (torch.bincount(part, minlength=len(classes)) for part in (labels[scores.argmax(1) == labels], labels))
+    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "images", "correct", "accuracy"])
+        for name, right, count in zip(classes, hits.tolist(), images.tolist()):
+            writer.writerow([name, count, right, f"{100 * right / count:.2f}" if count else ""])
+    confusion_picture(scores, labels).save(folder / "confusion.png")
+    if "best" in results:
+        print(f"best (chosen on these test images, so a little flattered): epoch {results['best']['epoch']}  {in_words(results['best'])}")
+        print(f"last: epoch {results['last']['epoch']}  {in_words(results['last'])}")
+    print(f"results.json, per_class.csv and confusion.png are in {tracking.relative(folder)}")
+
+
+def confusion_picture(scores, labels):
+    """Rows: true classes, columns: predicted ones, each row's shares as heat: a PIL image."""
+    matrix = sklearn.metrics.confusion_matrix(labels, scores.argmax(1), labels=range(scores.shape[1]), normalize="true")
+    return grids.matrix(matrix)
+
+
+if __name__ == "__main__":
+    console.run(main)

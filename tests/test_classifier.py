@@ -1,0 +1,294 @@
+"""classifier.py: what is frozen stays, what is resumed continues, what is reported is true."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, paint, paint_classes
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import classifier
+import datasets
+import run
+from utils import checkpoints, console, features
+
+QUICK = ["--dataset", "digits", "--workers", "0", "--epochs", "2", "--ngf", "16"]
+
+
+def train(folder, *options):
+    """Results of a short classifier run on digits."""
+    return classifier.main([*QUICK, *map(str, options), "--output-folder", str(folder)])
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """model.pt of a PatchVAE with all eight children of a ResNet (scale 32)."""
+    folder = tmp_path_factory.mktemp("deep")
+    run.main(["--dataset", "digits", *TINY, "--scale", "32", "--output-folder", str(folder)])
+    return folder / "model.pt"
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, finished):
+    """A finished classifier on the frozen encoder: its folder and its results."""
+    folder = tmp_path_factory.mktemp("judged")
+    return folder, train(folder, "--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--freeze", -1, "--lr", 0.01)
+
+
+# ------------------------------------------------------------------------------------------------ freezing
+
+
+@pytest.mark.parametrize("freeze, children", [("4", 4), ("6", 6), ("8", 8), ("-1", 8), ("conv1", 4), ("conv1-3", 6), ("conv1-5", 8)])
+def test_frozen_means_bitwise_frozen(freeze, children, deep, tmp_path):
+    options = ["--arch", "patchy", "--pretrained", deep, "--label-fraction", "0.05", "--lr", "0.01", "--wd", "0.1"]
+    train(tmp_path, *options, "--freeze", freeze)
+    before = checkpoints.load(deep, checkpoints.MODEL)["model"]
+    after = checkpoints.load(tmp_path / "checkpoint.pt", checkpoints.CLASSIFIER)["model"]
+    names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+    changed = {name.split(".")[1] for name in before if name.startswith("encoder.") and not torch.equal(before[name], after[name])}
+    assert changed == {name for name in names[children:]}
+
+
+def test_frozen_stays_frozen_without_stored_features(deep, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "free_memory", lambda: 0)
+    train(tmp_path, "--arch", "patchy", "--pretrained", deep, "--label-fraction", "0.05", "--freeze", "-1")
+    before = checkpoints.load(deep, checkpoints.MODEL)["model"]
+    after = checkpoints.load(tmp_path / "checkpoint.pt", checkpoints.CLASSIFIER)["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder."))
+
+
+def test_scale_and_shift_of_a_pretrained_encoder_stay_and_train_from_scratch(deep, tmp_path):
+    train(tmp_path / "a", "--arch", "patchy", "--pretrained", deep, "--label-fraction", "0.05", "--lr", "0.01")
+    train(tmp_path / "b", "--arch", "patchy", "--scale", "32", "--label-fraction", "0.05", "--lr", "0.01")
+    before = checkpoints.load(deep, checkpoints.MODEL)["model"]["encoder.bn1.weight"]
+    tuned, fresh = (checkpoints.load(tmp_path / name / "checkpoint.pt", checkpoints.CLASSIFIER)["model"] for name in "ab")
+    assert torch.equal(tuned["encoder.bn1.weight"], before)
+    assert not torch.equal(fresh["encoder.bn1.weight"], torch.ones(64))
+
+
+def test_stored_features_train_the_same_head_as_encoding_every_epoch(finished, tmp_path, monkeypatch):
+    """Shapes, because they are mirrored: both views must be the right ones."""
+    small = datasets.DATA_SETS["shapes"]._replace(open=lambda root, split: datasets.Drawings(96, seed=split == "test"))
+    monkeypatch.setitem(datasets.DATA_SETS, "shapes", small)
+    run.main(["--dataset", "shapes", *TINY, "--output-folder", str(tmp_path)])
+    options = ["--dataset", "shapes", "--arch", "patchy", "--pretrained", tmp_path / "model.pt", "--freeze", -1, "-b", 32, "--lr", 0.01]
+    fast = train(tmp_path / "fast", *options)
+    monkeypatch.setattr(features, "free_memory", lambda: 0)
+    slow = train(tmp_path / "slow", *options)
+    assert fast["last"]["loss"] == pytest.approx(slow["last"]["loss"], rel=1e-5) and fast["last"]["top1"] == slow["last"]["top1"]
+    heads = [checkpoints.load(tmp_path / name / "checkpoint.pt", checkpoints.CLASSIFIER)["model"] for name in ("fast", "slow")]
+    for name in heads[0]:
+        torch.testing.assert_close(heads[0][name], heads[1][name], rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def test_what_was_loaded_is_said(finished, tmp_path, capsys):
+    train(tmp_path, "--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--freeze", -1, "--knn")
+    shown = capsys.readouterr().out
+    assert "loaded 60 of 64 tensors" in shown and "fresh: head" in shown and "frozen: conv1 to layer2" in shown
+
+
+def test_a_cut_encoder_fills_the_first_layers_of_resnet18(finished, tmp_path, capsys):
+    options = ["--arch", "resnet18", "--pretrained", finished[0] / "model.pt", "--label-fraction", "0.02", "--epochs", "1"]
+    train(tmp_path, *options, "--freeze", "conv1-3")
+    assert "fresh: layer3, layer4, head" in capsys.readouterr().out
+    with pytest.raises(console.UsageError, match="layer3.*--freeze 6"):
+        train(tmp_path / "more", *options, "--freeze", "8")
+
+
+def test_random_init_keeps_the_files_architecture_and_not_its_weights(finished, tmp_path):
+    options = ["--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--random-init", "--freeze", -1, "--label-fraction", 0.02]
+    train(tmp_path, *options)
+    before = checkpoints.load(finished[0] / "model.pt", checkpoints.MODEL)["model"]
+    after = checkpoints.load(tmp_path / "best.pt", checkpoints.CLASSIFIER)["model"]
+    assert not torch.equal(before["encoder.conv1.weight"], after["encoder.conv1.weight"])
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def test_the_output_folder_tells_what_happened(judged):
+    folder, results = judged
+    saved = json.loads((folder / "results.json").read_text())
+    assert saved["best"] == results["best"] and saved["last"] == results["last"] and saved["best"]["top1"] >= saved["last"]["top1"]
+    assert saved["seed"] == 1 and saved["protocol"]["freeze"] == -1 and saved["data"]["dataset"] == "digits" and saved["torch"]
+    rows = list(csv.DictReader((folder / "per_class.csv").open()))
+    assert sum(int(row["images"]) for row in rows) == saved["data"]["test_images"] == 360
+    share = 100 * sum(int(row["correct"]) for row in rows) / 360
+    assert share == pytest.approx(results["best"]["top1"])  # the pictures and tables are those of the best model
+    assert Image.open(folder / "confusion.png").size == (400, 400)
+    board = EventAccumulator(str(folder / "logs_classifier"), size_guidance={"images": 0})
+    board.Reload()
+    assert {"loss/train", "loss/test", "top1/train", "top1/test", "top5/test", "learning_rate"} <= set(board.Tags()["scalars"])
+    assert "confusion" in board.Tags()["images"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_evaluate_repeats_what_training_reported(judged, batch_size, capsys):
+    folder, results = judged
+    again = classifier.main(["--evaluate", "--output-folder", str(folder), "--workers", "0"])
+    assert again["top1"] == results["best"]["top1"] and again["loss"] == pytest.approx(results["best"]["loss"], rel=1e-5)
+    model = classifier.build_model(classifier.parse(["--evaluate", "--output-folder", str(folder)])[0], 10)
+    classifier.restore(model, checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER))
+    source = datasets.open_split("digits", None, "test", 32)
+    test = datasets.Batches(source, 32, [0.5], [0.5], torch.device("cpu"))
+    figures, scores, labels = classifier.evaluate(model, test, batch_size)
+    assert figures["top1"] == results["best"]["top1"] and torch.equal(labels, torch.from_numpy(source.labels))
+
+
+def test_resumed_equals_uninterrupted(finished, tmp_path):
+    options = ["--arch", "resnet18", "--label-fraction", 0.1, "--step", 2, "--lr", 0.01, "-b", 64]
+    whole = train(tmp_path / "whole", *options, "--epochs", 3)
+    train(tmp_path / "parts", *options, "--epochs", 1)
+    resumed = classifier.main(["--resume", "--epochs", "3", "--output-folder", str(tmp_path / "parts")])
+    assert resumed == whole
+    states = [checkpoints.load(tmp_path / name / "checkpoint.pt", checkpoints.CLASSIFIER) for name in ("whole", "parts")]
+    for part in ("model",):
+        assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[0][part])
+    lines = [[line for line in (tmp_path / name / "classifier.jsonl").read_text().splitlines() if '"train"' in line[:20]] for name in ("whole", "parts")]
+    assert lines[0] == lines[1]
+
+
+def test_learning_rate_falls_every_step_epochs():
+    rates = [classifier.learning_rate_at(epoch, 0.1, 30) for epoch in (1, 30, 31, 60, 61, 90)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_accuracy_is_that_of_the_definition():
+    scores = torch.tensor([[9.0, 1, 2, 3, 4, 5], [9.0, 1, 2, 3, 4, 5], [9.0, 1, 2, 3, 4, 5], [0.0, 1, 2, 3, 4, 5]])
+    figures = classifier.accuracy(scores, torch.tensor([0, 1, 5, 5]))
+    assert figures == {"top1": 50.0, "top5": 75.0}
+    assert set(classifier.accuracy(scores[:, :3], torch.tensor([0, 0, 0, 2]))) == {"top1"}
+
+
+def test_few_labels_are_stratified_and_seeded():
+    labels = np.repeat([0, 1, 2], [100, 50, 200])
+    chosen = classifier.few_labels(labels, 0.1, seed=3)
+    assert np.bincount(labels[chosen]).tolist() == [10, 5, 20] and len(set(chosen)) == 35
+    assert np.array_equal(chosen, classifier.few_labels(labels, 0.1, seed=3))
+    assert not np.array_equal(chosen, classifier.few_labels(labels, 0.1, seed=4))
+
+
+def test_probes_find_classes_that_are_there_and_chance_where_none_are():
+    generator = np.random.default_rng(0)
+    labels = np.arange(600) % 3
+    clear = generator.normal(size=(600, 5)).astype(np.float32) + 4 * np.eye(3, 5)[labels]
+    noise = generator.normal(size=(600, 5)).astype(np.float32)
+    for probe in (features.linear_probe, features.neighbour_probe):
+        for x, low, high in ((clear, 0.95, 1), (noise, 0.2, 0.47)):
+            scores, _ = probe(x[:400], labels[:400], x[400:], 4, seed=1)  # of four classes, one never seen
+            assert scores.shape == (200, 4) and low <= (scores.argmax(1) == labels[400:]).mean() <= high
+
+
+def test_linear_and_knn_report_together(finished, tmp_path):
+    results = train(tmp_path, "--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--linear", "--knn", "--label-fraction", 0.3)
+    assert results["linear"]["top1"] > 50 and results["knn"]["top1"] > 50  # ten classes
+    assert set(json.loads((tmp_path / "results.json").read_text())) >= {"linear", "knn"}
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    paint_classes(tmp_path / "train", ("ant", "bee", "cat"), images=4)
+    paint_classes(tmp_path / "val", ("bee", "cat"), images=2)
+    args = classifier.parse(["--dataset", "folder", "--data-folder", str(tmp_path), "--arch", "resnet18", "--workers", "0"])[0]
+    _, test = classifier.open_labelled(args, torch.device("cpu"))
+    assert test.source.labels.tolist() == [1, 1, 2, 2]
+
+
+# ------------------------------------------------------------------------------------------------ the seed's commands
+
+
+def seed_commands():
+    """The two classifier.py commands of the README, as lists of options."""
+    blocks = [block for block in (ROOT / "README.md").read_text().split("```") if "--arch=resnet18" in block]
+    return [block[block.index("classifier.py") + 13 :].replace("\\", " ").split() for block in blocks]
+
+
+def test_seed_commands_run_as_written(tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        paint_classes(tmp_path / "data" / split, images=3, side=(260, 240))
+    monkeypatch.chdir(tmp_path)  # where ./scratch/model.pt is found
+    common = ["--dataset=imagenet", "--data-folder", "data", "--num-parts=64", "--hidden-size=16", "--inet", "--size=224", "--scale=32"]
+    run.main([*common, "--num-epochs", "1", "--img-per-epoch", "4", "--batch-size", "2"])
+    supervised, tuned = seed_commands()
+    assert tuned.count("--arch=resnet18") == 1 and "--arch=patchy" in tuned
+    paths = {"/path/to/imagenet/dataset": "data"}
+    for number, command in enumerate((supervised, tuned)):
+        options = [paths.get(option, option).replace("/path/to/logs/directory", f"out{number}") for option in command]
+        results = classifier.main([*options, "--epochs", "1"])
+        assert 0 <= results["last"]["top1"] <= 100
+    before = checkpoints.load("scratch/model.pt", checkpoints.MODEL)["model"]
+    after = checkpoints.load("out1/checkpoint.pt", checkpoints.CLASSIFIER)["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder."))
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, finished, judged):
+    place = tmp_path_factory.mktemp("wrong")
+    for number in range(4):
+        paint(place / "flat" / f"{number}.png")
+    for path, name in ((finished[0] / "model.pt", "model.pt"), (judged[0] / "best.pt", "best.pt")):
+        (place / name).write_bytes(path.read_bytes())
+    (place / "judged").mkdir()
+    (place / "judged" / "results.json").write_text("{}")
+    paint_classes(place / "strange" / "train", ("ant", "bee"), images=2)
+    paint_classes(place / "strange" / "val", ("ant", "cow"), images=2)
+    other = checkpoints.load(place / "best.pt", checkpoints.CLASSIFIER)
+    torch.save({**other, "classes": 7}, place / "seven.pt")
+    vae = checkpoints.load(place / "model.pt", checkpoints.MODEL)
+    torch.save({**vae, "model": {"decoder.x": torch.zeros(1)}}, place / "decoder.pt")
+    return place
+
+
+BAD_INPUT = [
+    ("--arch vgg", 2, ["--arch"]),
+    ("--freeze -2", 2, ["--freeze", "-1 or more"]),
+    ("--freeze conv2", 2, ["--freeze", "conv1-3"]),
+    ("--arch patchy --freeze 4", 2, ["--freeze", "--pretrained", "--random-init"]),
+    ("--arch patchy --linear", 2, ["--linear", "--pretrained"]),
+    ("--arch patchy --random-init --freeze 9", 2, ["--freeze 9", "child number 6", "layer2"]),
+    ("--arch patchy --random-init --freeze conv1-5", 2, ["--freeze conv1-5", "layer2"]),
+    ("--arch resnet18 --label-fraction 0.001", 2, ["--label-fraction 0.001", "or more"]),
+    ("--arch resnet18 --label-fraction 1.5", 2, ["--label-fraction"]),
+    ("--arch resnet18 --start-epoch 2", 2, ["--start-epoch 2", "--epochs 2"]),
+    ("--arch patchy --pretrained {place}/model.pt --num-parts 4", 2, ["--num-parts 4 (file: 16)"]),
+    ("--arch vae --pretrained {place}/model.pt", 2, ["--arch vae (file: patchy)"]),
+    ("--arch patchy --pretrained {place}/best.pt", 1, ["best.pt", "expected a model.pt", "classifier.py"]),
+    ("--arch patchy --pretrained {place}/none.pt", 1, ["none.pt", "no such file"]),
+    ("--arch patchy --pretrained {place}/decoder.pt", 1, ["decoder.pt", "none of its encoder"]),
+    ("--arch alexnet --pretrained {place}/model.pt", 1, ["model.pt", "--arch"]),
+    ("--resume {place}/model.pt", 1, ["model.pt", "expected a checkpoint of classifier.py"]),
+    ("--resume {place}/seven.pt", 1, ["7 classes", "10"]),
+    ("--resume {place}/best.pt --lr 0.7", 2, ["--lr 0.7 (file: 0.01)"]),
+    ("--evaluate", 1, ["best.pt", "no such file"]),
+    ("--arch resnet18 --dataset folder --data-folder {place}/flat", 1, ["flat", "train/CLASS/*"]),
+    ("--arch resnet18 --dataset folder --data-folder {place}/strange", 1, ["cow", "no training images"]),
+    ("--arch resnet18 --dataset bincircles", 1, ["bincircles", "single class"]),
+    ("--arch resnet18 --output-folder {place}/judged", 2, ["judged", "--overwrite"]),
+    ("--arch resnet18 --label-fraction 0.1 --lr 1e20", 1, ["--lr", "finite"]),
+]
+
+
+@pytest.mark.parametrize("options, status, words", BAD_INPUT, ids=[row[0] for row in BAD_INPUT])
+def test_bad_input_is_one_line(options, status, words, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["classifier.py"])
+    quick = [option for option in QUICK if "--resume" not in options or option not in ("--ngf", "16")]
+    arguments = ["--output-folder", str(tmp_path / "out"), *quick, *options.format(place=place).split()]
+    with pytest.raises(SystemExit) as left:
+        console.run(lambda: classifier.main(arguments))
+    line = capsys.readouterr().err
+    assert left.value.code == status
+    assert line.startswith("classifier.py: error: ") and line.count("\n") == 1
+    assert all(word in line for word in words), line
+
+
+def test_help_is_grouped_and_advises_on_every_option():
+    assert all(action.help for action in classifier.build_parser()._actions)

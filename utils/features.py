@@ -1,0 +1,120 @@
+"""Features of a frozen encoder: computed once, stored, and read by linear and nearest-neighbour probes."""
+
+import os
+import warnings
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler, normalize
+
+from datasets import TrainingOrder, flips
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of the linear probe, weakest features last
+NEIGHBOURS = 20
+
+
+@torch.no_grad()
+def extract(encode, batches, batch_size, mirrored=False):
+    """Features and labels of all images in order: N×F float32 and N int64, on the CPU; `mirrored`: of their mirror images."""
+    features = labels = None
+    start = 0
+    for x, y in batches.in_order(batch_size):
+        found = encode(x.flip(-1) if mirrored else x)  # B×F
+        if features is None:
+            features = torch.empty(len(batches), found.shape[1])
+            labels = torch.empty(len(batches), dtype=torch.int64)
+        features[start : start + len(found)], labels[start : start + len(found)] = found, y
+        start += len(found)
+    return features, labels
+
+
+class StoredFeatures:
+    """The batches of `batches` as `model` encodes them; `mirror`: also those of the mirrored images."""
+
+    def __init__(self, model, batches, batch_size, mirror=False):
+        model.eval()
+        self.device = batches.device
+        plain, self.labels = extract(model.features, batches, batch_size)  # N×F, N
+        self.mirrored = extract(model.features, batches, batch_size, mirrored=True)[0] if mirror else None
+        self.plain = plain
+
+    def __len__(self):
+        return len(self.labels)
+
+    def training(self, batch_size, seed, first_step, last_step):
+        """Yields (features: B×F, labels: B) for each step: the images and mirrorings that Batches.training would give."""
+        order = TrainingOrder(len(self), batch_size, seed, first_step, last_step)
+        for step, indices in zip(order.steps, order):
+            features = self.plain[indices]
+            if self.mirrored is not None:
+                features = torch.where(flips(seed, step, batch_size)[:, None], self.mirrored[indices], features)
+            yield features.to(self.device), self.labels[indices].to(self.device)
+
+    def in_order(self, batch_size):
+        """Yields (features: B×F, labels: B): every image once."""
+        for start in range(0, len(self), batch_size):
+            part = slice(start, start + batch_size)
+            yield self.plain[part].to(self.device), self.labels[part].to(self.device)
+
+
+def fits_in_memory(images, feature_size):
+    """Whether images×feature_size float32 fit into half of the memory that is free, and the bytes that they take."""
+    needed = images * feature_size * 4
+    return needed < free_memory() / 2, needed
+
+
+def free_memory():
+    """Bytes of memory that can be had without swapping."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no Linux: guess that half is in use
+
+
+def linear_probe(train_features, train_labels, test_features, classes, seed):
+    """Logistic regression on standardised features: scores N×classes for the test features, and its settings.
+
+    The regularisation is the one that does best on a held-out tenth of the training data; then all are fitted.
+    """
+    scaler = StandardScaler().fit(train_features)
+    x, test_x = scaler.transform(train_features), scaler.transform(test_features)
+    counts = np.bincount(train_labels)
+    stratify = train_labels if counts[counts > 0].min() > 1 and len(x) >= 10 * (counts > 0).sum() else None
+    fit_part, held_part = train_test_split(np.arange(len(x)), test_size=0.1, random_state=seed, stratify=stratify)
+    accuracy = {}
+    for strength in STRENGTHS:
+        probe = _fit_logistic(strength, x[fit_part], train_labels[fit_part])
+        accuracy[strength] = probe.score(x[held_part], train_labels[held_part])
+    strength = max(accuracy, key=accuracy.get)
+    probe = _fit_logistic(strength, x, train_labels)
+    return spread(probe.decision_function(test_x), probe.classes_, classes), {"C": strength, "held_out_accuracy": accuracy[strength]}
+
+
+def _fit_logistic(strength, x, labels):
+    with warnings.catch_warnings():
+        # An early stop regularises too, and the held-out tenth judges it like any other setting.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=strength, max_iter=200).fit(x, labels)
+
+
+def neighbour_probe(train_features, train_labels, test_features, classes, seed=None):
+    """Votes of the nearest training images by cosine: scores N×classes for the test features, and its settings."""
+    scaler = StandardScaler().fit(train_features)
+    x, test_x = (normalize(scaler.transform(features)) for features in (train_features, test_features))
+    k = min(NEIGHBOURS, len(x))
+    probe = KNeighborsClassifier(k).fit(x, train_labels)  # of unit vectors: the order of distances is that of cosines
+    return spread(probe.predict_proba(test_x), probe.classes_, classes), {"neighbours": k}
+
+
+def spread(scores, seen, classes):
+    """Scores of the classes `seen` in training -> N×classes, the lowest score for the others."""
+    if scores.ndim == 1:  # two classes: scikit-learn scores the second
+        scores = np.stack([-scores, scores], axis=1)
+    wide = np.full((len(scores), classes), -np.inf)
+    wide[:, seen] = scores
+    return wide
