@@ -22,6 +22,8 @@ from utils import checkpoints, console, features, grids, options, runtime, track
 
 SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the encoders that run.py trains
 CUTS = ("conv1", "conv1-3", "conv1-5")
+# Options that a resumed run may change: they do not touch its figures.
+FREE = ("data_folder", "output_folder", "workers", "epochs", "print_freq", "no_cuda", "gpu")
 CONTENTS = ("checkpoint.pt", "best.pt", "classifier.jsonl", "logs_classifier", "results.json", "per_class.csv", "confusion.png")
 
 
@@ -120,7 +122,7 @@ def parse(argv):
     if args.resume is not None or args.evaluate:
         path = args.resume or os.path.join(args.output_folder, "best.pt" if args.evaluate else "checkpoint.pt")
         checkpoint = checkpoints.load(path, checkpoints.CLASSIFIER)
-        take_over(args, given, checkpoint["args"], path)
+        options.take_over(args, given, checkpoint["args"], FREE)
         return args, None, checkpoint
     file = checkpoints.load(args.pretrained, checkpoints.MODEL) if args.pretrained else None
     if args.arch in SUPERVISED:
@@ -137,18 +139,6 @@ def parse(argv):
         flag = "--freeze" if args.freeze != 0 else "--linear" if args.linear else "--knn"
         raise console.UsageError(f"{flag} needs a trained encoder: give --pretrained FILE, or --random-init for the floor")
     return args, file, None
-
-
-def take_over(args, given, saved, path):
-    """Let `args` follow the options that a checkpoint was trained with, but for those that do not change the result."""
-    free = ("data_folder", "output_folder", "workers", "epochs", "print_freq", "overwrite", "resume", "evaluate", "no_cuda", "gpu")
-    names = [name for name in saved if name in given and name not in free and getattr(args, name) != saved[name]]
-    if names:
-        listed = ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)} (file: {saved[name]})" for name in names)
-        raise console.UsageError(f"the options contradict {path}: {listed}; leave them out, the file knows them")
-    for name, value in saved.items():
-        if name not in ("overwrite", "resume", "evaluate", "output_folder") and not (name in free and name in given):
-            setattr(args, name, value)
 
 
 def main(argv=None):

@@ -18,6 +18,8 @@ from utils import checkpoints, console, grids, options, runtime, tracking
 
 ACTIVE = 0.01  # variance over images above which a latent is in use (Burda et al. 2016, section 5.2)
 SHOWN = 12  # images in the pictures of every epoch
+# Options that a resumed run may change: they do not touch its figures.
+FREE = ("data_folder", "output_folder", "workers", "num_epochs", "save_interval", "save_minutes", "no_cuda")
 CONTENTS = ("model.pt", "checkpoints", "logs", "images", "metrics.jsonl", "args.json")  # of the output folder
 
 
@@ -80,6 +82,10 @@ def build_parser():
         "--output-folder", default="./scratch", metavar="DIR",
         help="where model.pt, logs/, images/ and checkpoints/ go (default: %(default)s)",
     )
+    output.add_argument(
+        "--resume", nargs="?", const="", metavar="PATH",
+        help="go on from a checkpoint, or the newest whole one of a folder (default: the output folder's), with its options",
+    )
     output.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
     output.add_argument(
         "--evaluate", action="store_true",
@@ -91,13 +97,21 @@ def build_parser():
     output.add_argument(
         "--save-interval", type=console.whole(1), default=1, metavar="K", help="epochs between checkpoints (default: %(default)s)"
     )
+    output.add_argument(
+        "--save-minutes", type=console.above(0), default=15.0, metavar="X",
+        help="save also when this long has passed since the last time, for long epochs (default: %(default)s)",
+    )
     return parser
 
 
 def parse(argv):
-    """The checked options: argparse.Namespace, and the content of the model file that they name, or None."""
+    """The checked options, the content of the model file that they name, and that of the checkpoint to go on from (or None)."""
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
+    if args.resume is not None:
+        checkpoint = checkpoints.resume(args.resume or os.path.join(args.output_folder, "checkpoints"), checkpoints.TRAINING)
+        options.take_over(args, given, checkpoint["args"], FREE)
+        return args, None, checkpoint
     if args.evaluate and args.pretrained is None:
         args.pretrained = os.path.join(args.output_folder, "model.pt")
     file = checkpoints.load(args.pretrained, checkpoints.MODEL) if args.pretrained else None
@@ -110,7 +124,7 @@ def parse(argv):
         raise console.UsageError("--batch-size 1 on a grid of one cell leaves nothing to normalise over; use 2 or more")
     if args.min_temp > args.temp:
         raise console.UsageError(f"--min-temp {args.min_temp:g} is above --temp {args.temp:g}; swap them or drop one")
-    return args, file
+    return args, file, None
 
 
 def prior(args):
@@ -122,8 +136,8 @@ def prior(args):
 
 
 def main(argv=None):
-    """Train, or evaluate, as `argv` says; returns the final test figures: a dict of floats."""
-    args, file = parse(argv)
+    """Train, or evaluate, as `argv` says; returns the best test figures: a dict of floats."""
+    args, file, checkpoint = parse(argv)
     device = runtime.choose_device(args.no_cuda)
     row = DATA_SETS[args.dataset]
     mean, std = normalisation(row.channels, args.inet)
@@ -136,72 +150,90 @@ def main(argv=None):
     described = options.describe_model(args, row.channels, mean, std)
     torch.manual_seed(args.seed)
     model = modules.build_model(described).to(device)
-    if file:
-        model.load_state_dict(file["model"])
+    if file or checkpoint:
+        model.load_state_dict((file or checkpoint)["model"])
     print(f"{args.dataset}: {len(train):,} images to train on, {len(test):,} to test on, {args.size} px, {runtime.describe(device)}")
     print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, encoder {args.encoder_arch}, {bottleneck(args)}")
     if args.evaluate:
         return evaluate_only(args, model, test)
-    folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite)
+    folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
     tracking.write_json(folder / "args.json", {**vars(args), **runtime.record()})
-    with tracking.Tracker(folder) as tracker:
-        return fit(args, described, model, train, test, tracker)
+    return fit(args, described, model, train, test, folder, checkpoint)
 
 
-def fit(args, described, model, train, test, tracker):
-    """The whole training: epochs of steps, each followed by test, pictures and checkpoint. Returns the best test figures."""
+def fit(args, described, model, train, test, folder, checkpoint=None):
+    """The whole training. Returns the best test figures."""
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
     steps_per_epoch = math.ceil(args.img_per_epoch / args.batch_size)
-    tracker.event("start", steps_per_epoch=steps_per_epoch, **vars(args))
-    first = best = None
-    stream = train.training(args.batch_size, args.seed, 1, args.num_epochs * steps_per_epoch)
-    for epoch in range(1, args.num_epochs + 1):
-        started = time.perf_counter()
-        train_terms = train_epoch(args, model, optimizer, stream, epoch, steps_per_epoch, tracker)
-        speed = steps_per_epoch * args.batch_size / (time.perf_counter() - started)
-        figures = evaluate(args, model, test)
-        step = epoch * steps_per_epoch
-        report(args, epoch, step, train_terms, figures, speed, tracker)
-        content = {"options": described, "model": model.state_dict(), "epoch": epoch, "step": step, "test": figures}
-        if best is None or figures["total"] < best["total"]:
-            best = {**figures, "epoch": epoch}
-            checkpoints.save(tracker.folder / "model.pt", {"kind": checkpoints.MODEL, **content})
-        if epoch % args.save_interval == 0 or epoch == args.num_epochs:
-            state = {"optimizer": optimizer.state_dict(), "best": best, "args": vars(args)}
-            checkpoints.save_numbered(tracker.folder / "checkpoints", step, {"kind": checkpoints.TRAINING, **content, **state})
-        for name, picture in draw_pictures(args, model, test).items():
-            tracker.picture(name, step, picture, f"images/{name}_epoch_{epoch:03d}.png")
-        first = first or figures
-    tracker.options(vars(args), {f"best/{name}": value for name, value in best.items()})
-    tracker.event("end", **best)
-    say_farewell(args, first, best, tracker.folder)
+    last_step = args.num_epochs * steps_per_epoch
+    # Order, mirroring and noise are functions of (seed, step): the step is all that has to be remembered of them.
+    progress = Progress(steps_per_epoch)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        progress.restore(checkpoint["progress"])
+    stream = train.training(args.batch_size, args.seed, progress.step + 1, last_step)
+    bar = tqdm(stream, "steps", last_step, initial=progress.step, leave=False, disable=None)
+    clock = runtime.Clock(args.save_minutes * 60)
+    with tracking.Tracker(folder, step=progress.step) as tracker, runtime.StopRequest() as stop:
+        for x, _ in bar:  # B×C×H×W
+            progress.step += 1
+            train_step(args, model, optimizer, x, progress)
+            if progress.epoch_ends or progress.step_in_epoch % args.log_interval == 0:
+                log_training(args, progress, tracker)
+            if progress.epoch_ends:
+                finish_epoch(args, described, model, test, progress, tracker)
+            if stop.requested or clock.rings() or progress.epoch_ends and progress.epoch % args.save_interval == 0:
+                content = {"options": described, "args": vars(args), "progress": progress.state()}
+                content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoints.save_numbered(folder / "checkpoints", progress.step, {"kind": checkpoints.TRAINING, **content})
+            stop.obey(f"stopped and saved after step {progress.step}; --resume goes on from there")
+        best = progress.best
+        tracker.event("end", **best)
+        tracker.options(vars(args), {f"best/{name}": value for name, value in best.items()})
+    say_farewell(args, progress.first, best, folder)
     return best
 
 
-def train_epoch(args, model, optimizer, stream, epoch, steps, tracker):
-    """`steps` optimiser steps on the next batches of `stream`. Returns the mean of every loss term over the epoch."""
+class Progress:
+    """How far the training has come, and what it has found: everything beside the weights that a checkpoint holds."""
+
+    def __init__(self, steps_per_epoch):
+        self.steps_per_epoch = steps_per_epoch
+        self.step, self.first, self.best = 0, None, None  # steps done; test figures of the first and of the best epoch
+        self.epoch_means, self.window_means = tracking.Means(), tracking.Means()
+        self.epoch_started = self.window_started = time.perf_counter()
+
+    @property
+    def epoch(self):
+        return (self.step - 1) // self.steps_per_epoch + 1
+
+    @property
+    def step_in_epoch(self):
+        return (self.step - 1) % self.steps_per_epoch + 1
+
+    @property
+    def epoch_ends(self):
+        return self.step_in_epoch == self.steps_per_epoch
+
+    def state(self):
+        means = {"epoch_means": self.epoch_means.state(), "window_means": self.window_means.state()}
+        return {"step": self.step, "first": self.first, "best": self.best, **means}
+
+    def restore(self, state):
+        self.step, self.first, self.best = state["step"], state["first"], state["best"]
+        self.epoch_means, self.window_means = (tracking.Means(**state[name]) for name in ("epoch_means", "window_means"))
+
+
+def train_step(args, model, optimizer, x, progress):
+    """One optimiser step on x: B×C×H×W, and its loss terms added to the means."""
     model.train()
-    whole, window, window_start = tracking.Means(), tracking.Means(), time.perf_counter()
-    bar = tqdm(range(1, steps + 1), f"epoch {epoch}", unit="step", leave=False, disable=None)
-    for number in bar:
-        x, _ = next(stream)  # B×C×H×W
-        step = (epoch - 1) * steps + number
-        temperature = modules.temperature_at(step, args.temp, args.anneal, args.min_temp)
-        runtime.seed_step(args.seed, step)
-        terms = loss(args, x, model(x, temperature))
-        optimizer.zero_grad()
-        terms["total"].mean().backward()
-        optimizer.step()
-        window.add(terms)
-        if number % args.log_interval == 0 or number == steps:
-            means = window.read()
-            speed = window.images / (time.perf_counter() - window_start)
-            state = {"temperature": temperature, "learning_rate": args.lr, "images_per_second": speed}
-            tracker.event("train", epoch=epoch, step=step, **means, **state)
-            tracker.scalars(step, {**{f"loss/train/{name}": value for name, value in means.items()}, **state})
-            whole.take(window)
-            window, window_start = tracking.Means(), time.perf_counter()
-    return whole.read()
+    temperature = modules.temperature_at(progress.step, args.temp, args.anneal, args.min_temp)
+    runtime.seed_step(args.seed, progress.step)
+    terms = loss(args, x, model(x, temperature))
+    optimizer.zero_grad()
+    terms["total"].mean().backward()
+    optimizer.step()
+    progress.window_means.add(terms)
 
 
 def loss(args, x, output):
@@ -232,18 +264,46 @@ def posterior_means(posterior):
     return torch.cat([posterior.mean, posterior.occurrence.flatten(2)], dim=2)
 
 
-def report(args, epoch, step, train_terms, figures, speed, tracker):
-    """One line on the console, one in metrics.jsonl, and the test curves."""
+def log_training(args, progress, tracker):
+    """The means since the last call, in metrics.jsonl and TensorBoard."""
+    now, means = time.perf_counter(), progress.window_means.read()
+    state = {
+        "temperature": modules.temperature_at(progress.step, args.temp, args.anneal, args.min_temp),
+        "learning_rate": args.lr,
+        "images_per_second": progress.window_means.images / (now - progress.window_started),
+    }
+    tracker.event("train", epoch=progress.epoch, step=progress.step, **means, **state)
+    tracker.scalars(progress.step, {**{f"loss/train/{name}": value for name, value in means.items()}, **state})
+    progress.epoch_means.take(progress.window_means)
+    progress.window_means, progress.window_started = tracking.Means(), now
+
+
+def finish_epoch(args, described, model, test, progress, tracker):
+    """Test, report, keep the best model, draw."""
+    train_terms, train_seconds = progress.epoch_means.read(), time.perf_counter() - progress.epoch_started
+    figures = evaluate(args, model, test)
+    progress.first = progress.first or figures
+    if progress.best is None or figures["total"] < progress.best["total"]:
+        progress.best = {**figures, "epoch": progress.epoch}
+        content = {"options": described, "model": model.state_dict(), "epoch": progress.epoch, "test": figures}
+        checkpoints.save(tracker.folder / "model.pt", {"kind": checkpoints.MODEL, **content})
     terms = {name: value for name, value in figures.items() if name != "parts_in_use"}
-    tracker.event("test", epoch=epoch, step=step, **figures, train_mean=train_terms)
-    tracker.scalars(step, {**{f"loss/test/{name}": v for name, v in terms.items()}, "parts_in_use": figures["parts_in_use"]})
-    raw = [name for name in terms if not name.endswith("_weighted")]
-    train_text, test_text = (" ".join(f"{name} {values[name]:.1f}" for name in raw) for values in (train_terms, figures))
-    print(
-        f"epoch {epoch}/{args.num_epochs}  train {train_text}  test {test_text}  "
-        f"{in_use(args, figures)}  {speed:.0f} images/s",
-        flush=True,
+    tracker.event("test", epoch=progress.epoch, step=progress.step, **figures, train_mean=train_terms)
+    tracker.scalars(progress.step, {f"loss/test/{name}": value for name, value in terms.items()})
+    tracker.scalars(progress.step, {"parts_in_use": figures["parts_in_use"]})
+    for name, picture in draw_pictures(args, model, test).items():
+        tracker.picture(name, progress.step, picture, f"images/{name}_epoch_{progress.epoch:03d}.png")
+    speed = progress.epoch_means.images / train_seconds
+    tqdm.write(
+        f"epoch {progress.epoch}/{args.num_epochs}  train {in_words(train_terms)}  test {in_words(terms)}  "
+        f"{in_use(args, figures)}  {speed:.0f} images/s"
     )
+    progress.epoch_means, progress.epoch_started = tracking.Means(), time.perf_counter()
+
+
+def in_words(terms):
+    """The raw terms and their total in a line."""
+    return " ".join(f"{name} {value:.1f}" for name, value in terms.items() if not name.endswith("_weighted"))
 
 
 def bottleneck(args):
@@ -283,7 +343,7 @@ def evaluate_only(args, model, test):
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in draw_pictures(args, model, test).items():
         picture.save(folder / f"{name}_evaluated.png")
-    print("test  " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items() if name != "parts_in_use"))
+    print("test  " + in_words({name: value for name, value in figures.items() if name != "parts_in_use"}))
     print(f"{in_use(args, figures)}; pictures in {tracking.relative(folder)}")
     return figures
 

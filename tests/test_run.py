@@ -19,7 +19,7 @@ TERMS = ("recon", "kl_app", "kl_occ", "kl_app_weighted", "kl_occ_weighted", "tot
 def test_output_folder_holds_what_the_readme_says(finished):
     folder, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
-        "args.json", "checkpoints", "images", "logs", "metrics.jsonl", "model.pt",
+        ".lock", "args.json", "checkpoints", "images", "logs", "metrics.jsonl", "model.pt",
     ]  # fmt: skip
     names = [f"{kind}_epoch_{epoch:03d}.png" for kind in ("occurrence", "reconstructions", "samples") for epoch in (1, 2)]
     assert sorted(path.name for path in (folder / "images").iterdir()) == names

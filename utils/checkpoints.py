@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 import zipfile
 
 import torch
@@ -11,6 +12,7 @@ from utils.console import RunError
 # What the files say they are, and where each belongs.
 MODEL, TRAINING, CLASSIFIER = "model.pt of run.py", "checkpoint of run.py", "checkpoint of classifier.py"
 KEPT = 3  # how many checkpoints of a run stay
+UNFINISHED = ".unfinished"  # ends the name of a file that is being written; a killed process leaves it behind
 
 
 def save(path, content):
@@ -20,7 +22,7 @@ def save(path, content):
 
 def write(path, fill):
     """Call `fill` with a binary file under a temporary name, flush it to disk, and rename it to `path`."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}{UNFINISHED}"
     try:
         with open(temporary, "wb") as file:
             fill(file)
@@ -40,6 +42,18 @@ def save_numbered(folder, step, content):
     save(os.path.join(folder, f"step_{step:09d}.pt"), content)
     for name in sorted(name for name in os.listdir(folder) if name.startswith("step_") and name.endswith(".pt"))[:-KEPT]:
         os.remove(os.path.join(folder, name))
+
+
+def resume(path, kind):
+    """The content of the checkpoint at `path`, or of the newest in the folder `path` that is whole."""
+    if not os.path.isdir(path):
+        return load(path, kind)
+    for name in sorted((name for name in os.listdir(path) if name.endswith(".pt")), reverse=True):
+        try:
+            return load(os.path.join(path, name), kind)
+        except RunError as error:
+            print(f"warning: {error}; trying the one before", file=sys.stderr)
+    raise RunError(f"{path}: no checkpoint in it that could be resumed; start without --resume")
 
 
 def load(path, kind, device="cpu"):

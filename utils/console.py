@@ -98,10 +98,10 @@ def _outcome(main):
         return 0, None
     except RunError as error:
         return error.status, f"error: {error}"
-    except KeyboardInterrupt:
-        return 130, "interrupted"
-    except Terminated:
-        return 143, "terminated"
+    except KeyboardInterrupt as error:
+        return 130, str(error) or "interrupted"
+    except Terminated as error:
+        return 143, str(error) or "terminated"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: keep the exit silent
         return 1, None

@@ -11,6 +11,7 @@ SCALES = {"resnet": (4, 8, 16, 32), "pyramid": (2, 4, 8, 16, 32, 64)}
 # What a model file knows of itself; where the command line says otherwise, it contradicts the file.
 DESCRIBED = ("arch", "encoder_arch", "decoder_arch", "size", "inet", "ngf", "independent", "scale", "num_parts")
 DESCRIBED += ("hidden_size", "py", "categorical", "hard")
+NEVER_SAVED = ("output_folder", "overwrite", "resume", "evaluate")  # what a command does now, whatever it resumes
 PARTS_ONLY = ("categorical", "hard", "independent", "py")
 
 
@@ -119,8 +120,7 @@ def follow_file(args, given, described, path, free=()):
     fixed = [name for name in DESCRIBED if name not in free]
     names = [name for name in fixed if name in given and getattr(args, name) != described[name]]
     if names:
-        listed = ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)} (file: {described[name]})" for name in names)
-        raise UsageError(f"the options contradict {path}: {listed}; leave them out, the file knows them")
+        raise UsageError(f"the options contradict {path}: {_differences(args, names, described)}; leave them out, the file knows them")
     channels = DATA_SETS[args.dataset].channels
     if channels != described["channels"]:
         raise RunError(
@@ -131,3 +131,20 @@ def follow_file(args, given, described, path, free=()):
         if not (name in free and name in given):
             setattr(args, name, described[name])
 
+
+
+def take_over(args, given, saved, free):
+    """Let `args` follow the options `saved` that a checkpoint was trained with; those in `free` may be given anew.
+
+    Raises UsageError with all differences where another option on the command line says otherwise.
+    """
+    listed = [name for name in saved if name in given and name not in (*free, *NEVER_SAVED) and getattr(args, name) != saved[name]]
+    if listed:
+        raise UsageError(f"the options contradict the checkpoint: {_differences(args, listed, saved)}; leave them out, it knows them")
+    for name, value in saved.items():
+        if name not in NEVER_SAVED and not (name in free and name in given):
+            setattr(args, name, value)
+
+
+def _differences(args, names, file):
+    return ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)} (file: {file[name]})" for name in names)

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import signal
 import sys
+import time
 
 import numpy as np
 import PIL
@@ -10,7 +12,7 @@ import sklearn
 import torch
 import torchvision
 
-from utils.console import UsageError
+from utils.console import Terminated, UsageError
 
 
 def choose_device(no_cuda=False, gpu=0):
@@ -39,3 +41,47 @@ def record():
     libraries = {module.__name__: module.__version__ for module in (torch, torchvision, np, PIL, sklearn)}
     command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     return {"command": command, "python": platform.python_version(), **libraries}
+
+
+class StopRequest:
+    """Turns SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) into a wish that the training loop grants after its step.
+
+    A second signal does not wait for that.
+    """
+
+    def __init__(self):
+        self.requested = None  # the signal's number
+
+    def __enter__(self):
+        names = ("SIGINT", "SIGTERM", "SIGUSR1")  # not every system has the last
+        self.before = {getattr(signal, name): None for name in names if hasattr(signal, name)}
+        for number in self.before:
+            self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *reason):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def obey(self, message):
+        """Leave, with the exit status of the signal and `message` as last words, if a signal has come."""
+        if self.requested is not None:
+            raise KeyboardInterrupt(message) if self.requested == signal.SIGINT else Terminated(message)
+
+    def _note(self, number, frame):
+        if self.requested is not None:
+            self.obey("stopped at once, without saving")
+        self.requested = number
+
+
+class Clock:
+    """Rings when `seconds` have passed since it was made or last rang."""
+
+    def __init__(self, seconds):
+        self.seconds, self.since = seconds, time.monotonic()
+
+    def rings(self):
+        if time.monotonic() - self.since < self.seconds:
+            return False
+        self.since = time.monotonic()
+        return True

@@ -1,9 +1,11 @@
 """What a run leaves behind while it goes: console lines, metrics.jsonl, TensorBoard, pictures."""
 
+import fcntl
 import json
 import math
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ def prepare_folder(folder, contents, overwrite=False, keep=False):
     """Make `folder` ready for a new run that will write `contents`, a tuple of names.
 
     A folder that holds one of them is refused, cleared of them (`overwrite`), or used as it is (`keep`, to go on).
-    Nothing else in it is touched.
+    Nothing else in it is touched. From here to its end, this process is the only one that may write into it.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -30,17 +32,39 @@ def prepare_folder(folder, contents, overwrite=False, keep=False):
             f"--output-folder {folder} already holds a run ({found[0].name}); choose another folder, or give "
             "--overwrite to replace that run"
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in (*folder.glob(f"*{checkpoints.UNFINISHED}"), *folder.glob(f"checkpoints/*{checkpoints.UNFINISHED}")):
+        leftover.unlink()
     return folder
+
+
+_claims = {}  # open lock files by folder; the system releases a lock with its process, however that ends
+
+
+def _claim(folder):
+    folder = folder.resolve()
+    if folder in _claims:
+        return
+    lock = open(folder / ".lock", "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by data-loading processes
+    except OSError:
+        lock.seek(0)
+        raise RunError(f"{folder} is in use by {lock.read().strip()}; wait for it, or choose another --output-folder") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    _claims[folder] = lock
 
 
 class Means:
     """Means over images of named values, summed where they are computed, so that the device is not waited for."""
 
-    def __init__(self):
-        self.sums, self.images = {}, 0
+    def __init__(self, sums=(), images=0):
+        self.sums, self.images = dict(sums), images
 
     def add(self, values):
         """Add a batch: a dict of vectors, one value per image."""
@@ -54,9 +78,13 @@ class Means:
             self.sums[name] = self.sums.get(name, 0) + value
         self.images += other.images
 
+    def state(self):
+        """What the constructor takes: plain numbers."""
+        return {"sums": {name: float(value) for name, value in self.sums.items()}, "images": self.images}
+
     def read(self):
         """The means: a dict of floats. Raises RunError where one is not finite."""
-        means = {name: value.item() / self.images for name, value in self.sums.items()}
+        means = {name: float(value) / self.images for name, value in self.sums.items()}
         for name, value in means.items():
             if not math.isfinite(value):
                 raise RunError(f"the loss is no finite number any more ({name}: {value}); use a smaller --lr")

@@ -1,0 +1,162 @@
+"""Nothing is lost: a stopped or killed run continues as if nothing had happened; damaged files are noticed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, call
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import run
+from utils import checkpoints, console
+
+OPTIONS = ["--dataset", "digits", "--workers", "1", "--ngf", "8", "--encoder-arch", "pyramid", "--num-parts", "4"]
+OPTIONS += ["--img-per-epoch", "64", "--batch-size", "16", "--log-interval", "3", "--num-epochs", "3"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run.main([*OPTIONS, "--output-folder", str(folder)])
+    return folder
+
+
+def start(folder, *options):
+    """run.py in a process group of its own, as a terminal or a scheduler starts it."""
+    command = [sys.executable, str(ROOT / "run.py"), *OPTIONS, "--output-folder", str(folder), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(process, folder, text):
+    """Wait until metrics.jsonl holds `text` or the process is gone."""
+    path = folder / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and text in path.read_text()):
+        time.sleep(0.005)
+
+
+def events(folder):
+    """metrics.jsonl without what time alone decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines if line["event"] != "start"]
+
+
+def assert_same(folder, other):
+    for name in ("model.pt", "checkpoints/step_000000012.pt"):
+        kind = checkpoints.MODEL if name == "model.pt" else checkpoints.TRAINING
+        mine, theirs = (checkpoints.load(place / name, kind) for place in (folder, other))
+        assert all(torch.equal(mine["model"][key], theirs["model"][key]) for key in theirs["model"])
+        assert mine.get("progress") == theirs.get("progress") and mine.get("test") == theirs.get("test")
+    assert events(folder) == events(other)
+    board = EventAccumulator(str(folder / "logs"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss/train/total")] == [3, 4, 7, 8, 11, 12]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+def test_a_signal_loses_no_step_and_the_resumed_run_is_bitwise_the_same(number, status, uninterrupted, tmp_path):
+    process = start(tmp_path)
+    wait_for(process, tmp_path, '"step": 4')
+    os.killpg(process.pid, number)  # the data-loading process gets it too
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == status and errors.count("\n") == 1 and "stopped and saved after step" in errors
+    step = int(errors.split("after step ")[1].split(";")[0])
+    assert 4 <= step <= 12 and (tmp_path / f"checkpoints/step_{step:09d}.pt").is_file()
+    run.main(["--resume", "--output-folder", str(tmp_path)])
+    assert_same(tmp_path, uninterrupted)
+
+
+def test_kill_9_at_random_instants_is_survived(uninterrupted, tmp_path):
+    """Every attempt is killed a little later, until one gets through."""
+    generator, kills = random.Random(0), 0
+    process = start(tmp_path, "--save-minutes", "1e-9")  # saves after every step, so that kills meet saves
+    while True:
+        wait_for(process, tmp_path, f'"step": {3 + 4 * kills}')
+        time.sleep(generator.uniform(0, 0.05))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        if kills == 3:
+            break
+        process = start(tmp_path, "--resume")
+    assert not [path for path in (tmp_path / "checkpoints").glob("*.pt") if not is_whole(path)]
+    (tmp_path / "checkpoints/step_000000009.pt.unfinished").write_bytes(b"what a kill in the middle of a save leaves")
+    run.main(["--resume", "--output-folder", str(tmp_path)])
+    assert_same(tmp_path, uninterrupted)
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def is_whole(path):
+    try:
+        return bool(checkpoints.load(path, checkpoints.TRAINING))
+    except console.RunError:
+        return False
+
+
+def test_flipped_bits_and_cuts_are_noticed(uninterrupted, tmp_path):
+    whole = (uninterrupted / "checkpoints/step_000000012.pt").read_bytes()
+    generator, path = random.Random(1), tmp_path / "damaged.pt"
+    content = checkpoints.load(uninterrupted / "checkpoints/step_000000012.pt", checkpoints.TRAINING)
+    for trial in range(40):
+        damaged = bytearray(whole)
+        if trial % 4 == 0:
+            damaged = damaged[: generator.randrange(len(damaged))]
+        else:
+            damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            read = checkpoints.load(path, checkpoints.TRAINING)
+        except console.RunError:
+            continue
+        # A bit that nothing reads, such as padding between the archive's parts: then all that is read must be right.
+        assert all(torch.equal(read["model"][name], content["model"][name]) for name in content["model"])
+        assert read["progress"] == content["progress"] and read["args"] == content["args"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, tmp_path, capsys):
+    for name in ("step_000000008.pt", "step_000000012.pt"):
+        content = (uninterrupted / "checkpoints" / name).read_bytes()
+        (tmp_path / name).write_bytes(content if "8" in name else content[:-100])
+    assert checkpoints.resume(tmp_path, checkpoints.TRAINING)["progress"]["step"] == 8
+    warning = capsys.readouterr().err
+    assert "step_000000012.pt" in warning and "the one before" in warning and warning.count("\n") == 1
+
+
+def test_a_hostile_file_is_refused_unread(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    torch.save({"kind": checkpoints.MODEL, "options": Hostile()}, tmp_path / "model.pt")
+    for extra in ({}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}):
+        done = call("run.py", "--evaluate", "--output-folder", tmp_path, env={**os.environ, **extra})
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "model.pt" in done.stderr
+        assert not (tmp_path / "executed").exists()
+
+
+def test_a_folder_in_use_is_refused_and_a_killed_holder_does_not_block(tmp_path):
+    process = start(tmp_path, "--num-epochs", "1000")
+    wait_for(process, tmp_path, '"step": 3')
+    second = call("run.py", *OPTIONS, "--output-folder", tmp_path, "--overwrite")
+    assert second.returncode == 1 and f"process {process.pid}" in second.stderr and (tmp_path / "metrics.jsonl").exists()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert call("run.py", *OPTIONS, "--num-epochs", "1", "--output-folder", tmp_path, "--overwrite").returncode == 0
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_older_file(uninterrupted, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    checkpoints.save(path, {"kind": checkpoints.MODEL, "value": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        checkpoints.save(path, {"kind": checkpoints.MODEL, "value": 2})
+    assert checkpoints.load(path, checkpoints.MODEL)["value"] == 1 and [p.name for p in tmp_path.iterdir()] == ["model.pt"]
