@@ -1,7 +1,7 @@
 """Judge an encoder by recognition: train a small head on top of it, frozen or not, or a supervised network.
 
-    python classifier.py --dataset shapes --arch patchy --pretrained scratch/model.pt --freeze -1 --epochs 10
-    python classifier.py --dataset digits --arch resnet18 --epochs 15 --lr 0.05 --output-folder supervised
+python classifier.py --dataset shapes --arch patchy --pretrained scratch/model.pt --freeze -1 --epochs 10
+python classifier.py --dataset digits --arch resnet18 --epochs 15 --lr 0.05 --output-folder supervised
 """
 
 import argparse
@@ -24,9 +24,15 @@ SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the e
 CUTS = ("conv1", "conv1-3", "conv1-5")
 # Options that a resumed run may change: they do not touch its figures.
 FREE = ("data_folder", "output_folder", "workers", "epochs", "print_freq", "no_cuda", "gpu")
-CONTENTS = ("checkpoint.pt", "best.pt", "classifier.jsonl", "logs_classifier", "results.json", "per_class.csv", "confusion.png")
-
-
+CONTENTS = (
+    "checkpoint.pt",
+    "best.pt",
+    "classifier.jsonl",
+    "logs_classifier",
+    "results.json",
+    "per_class.csv",
+    "confusion.png",
+)
 def build_parser():
     parser = console.Parser(description=__doc__)
     options.add_data_options(parser)
@@ -37,7 +43,7 @@ def build_parser():
     )
     model.add_argument(
         "--pretrained", metavar="FILE",
-        help="take the encoder's weights from this model.pt, which knows its own model options; resnet18 takes what fits",
+        help="take the encoder's weights from this model.pt, which knows its model options; resnet18 takes what fits",
     )
     model.add_argument(
         "--random-init", action="store_true",
@@ -45,11 +51,13 @@ def build_parser():
     )
     model.add_argument(
         "--freeze", type=freeze_type, default=0, metavar="K",
-        help="freeze the encoder's first K children; -1: all; or the paper's conv1, conv1-3, conv1-5 (default: %(default)s)",
+        help="freeze the encoder's first K children, or all (-1), or the paper's conv1, conv1-3, conv1-5 "
+        "(default: %(default)s)",
     )
     probe = parser.add_argument_group("what to train")
     probe.add_argument(
-        "--linear", action="store_true", help="instead of the head: logistic regression on the frozen encoder's features"
+        "--linear", action="store_true",
+        help="instead of the head: logistic regression on the frozen encoder's features"
     )
     probe.add_argument("--knn", action="store_true", help="instead of the head: a vote of the nearest training images")
     probe.add_argument(
@@ -67,17 +75,23 @@ def build_parser():
         help="count the first K epochs as done; --resume knows by itself (default: %(default)s)",
     )
     training.add_argument(
-        "-b", "--batch-size", type=console.whole(1), default=256, metavar="K", help="images of one step (default: %(default)s)"
+        "-b", "--batch-size", type=console.whole(1), default=256, metavar="K",
+        help="images of one step (default: %(default)s)"
     )
     training.add_argument(
-        "--lr", type=console.above(0), default=0.1, metavar="X", help="SGD's learning rate at the start (default: %(default)s)"
-    )
-    training.add_argument("--momentum", type=console.real(0, 1), default=0.9, metavar="X", help="(default: %(default)s)")
-    training.add_argument(
-        "--wd", "--weight-decay", type=console.real(0), default=1e-4, metavar="X", help="weight decay (default: %(default)s)"
+        "--lr", type=console.above(0), default=0.1, metavar="X",
+        help="SGD's learning rate at the start (default: %(default)s)"
     )
     training.add_argument(
-        "--seed", type=console.whole(0), default=1, metavar="K", help="of weights, order and dropout (default: %(default)s)"
+        "--momentum", type=console.real(0, 1), default=0.9, metavar="X", help="of SGD (default: %(default)s)"
+    )
+    training.add_argument(
+        "--wd", "--weight-decay", type=console.real(0), default=1e-4, metavar="X",
+        help="weight decay (default: %(default)s)"
+    )
+    training.add_argument(
+        "--seed", type=console.whole(0), default=1, metavar="K",
+        help="of weights, order and dropout (default: %(default)s)"
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -93,13 +107,14 @@ def build_parser():
         "-e", "--evaluate", action="store_true", help="only test: the output folder's best.pt, or --resume FILE"
     )
     output.add_argument(
-        "-p", "--print-freq", type=console.whole(1), default=10, metavar="K", help="steps between logged figures (default: %(default)s)"
+        "-p", "--print-freq", type=console.whole(1), default=10, metavar="K",
+        help="steps between logged figures (default: %(default)s)"
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
     machine.add_argument("--gpu", type=console.whole(0), metavar="K", help="use this GPU (default: the first)")
     for name in ("--world-size", "--rank", "--dist-url", "--dist-backend"):
-        machine.add_argument(name, metavar="X", help="accepted for old scripts and not used: start with torchrun instead")
+        machine.add_argument(name, metavar="X", help="accepted for old scripts, not used: torchrun does this")
     machine.add_argument("--multiprocessing-distributed", action="store_true", help="likewise")
     return parser
 
@@ -111,7 +126,9 @@ def freeze_type(text):
     try:
         return console.whole(-1)(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number of -1 or more nor {', '.join(CUTS)}") from None
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is neither a whole number of -1 or more nor {', '.join(CUTS)}"
+        ) from None
 
 
 def parse(argv):
@@ -137,7 +154,9 @@ def parse(argv):
     untrained = not (args.pretrained or args.random_init)
     if untrained and (args.freeze != 0 or args.linear or args.knn):
         flag = "--freeze" if args.freeze != 0 else "--linear" if args.linear else "--knn"
-        raise console.UsageError(f"{flag} needs a trained encoder: give --pretrained FILE, or --random-init for the floor")
+        raise console.UsageError(
+            f"{flag} needs a trained encoder: give --pretrained FILE, or --random-init for the floor"
+        )
     return args, file, None
 
 
@@ -148,7 +167,9 @@ def main(argv=None):
     train, test = open_labelled(args, device)
     torch.manual_seed(args.seed)
     model = build_model(args, len(train.source.classes)).to(device)
-    print(f"{args.dataset}: {len(train):,} training and {len(test):,} test images of {len(train.source.classes)} classes, {args.size} px, {runtime.describe(device)}")
+    classes, where = len(train.source.classes), runtime.describe(device)
+    images = f"{len(train):,} training and {len(test):,} test images of {classes} classes"
+    print(f"{args.dataset}: {images}, {args.size} px, {where}")
     if checkpoint:
         restore(model, checkpoint)
     load = file and not args.random_init
@@ -177,12 +198,15 @@ def open_labelled(args, device):
     for source in (train, test):
         if source.labels is None:
             raise console.RunError(
-                f"{args.data_folder}: images without classes; a classifier needs train/CLASS/* and val/CLASS/*, or CLASS/*"
+                f"{args.data_folder}: images without classes; a classifier needs train/CLASS/* and val/CLASS/*, "
+                    "or CLASS/*"
             )
     if test.classes != train.classes:
         unknown = sorted(set(test.classes) - set(train.classes))
         if unknown:
-            raise console.RunError(f"{args.data_folder}: test images of the class {unknown[0]}, which has no training images")
+            raise console.RunError(
+                f"{args.data_folder}: test images of the class {unknown[0]}, which has no training images"
+            )
         test.labels = np.array([train.classes.index(name) for name in test.classes])[test.labels]
     if len(train.classes) < 2:
         raise console.RunError(f"--dataset {args.dataset} has a single class; there is nothing to tell apart")
@@ -200,7 +224,9 @@ def few_labels(labels, fraction, seed):
         count = round(fraction * len(members))
         if count == 0:
             least = 1 / np.bincount(labels)[np.unique(labels)].min()
-            raise console.UsageError(f"--label-fraction {fraction:g} leaves a class without an image; use {least:.2g} or more")
+            raise console.UsageError(
+                f"--label-fraction {fraction:g} leaves a class without an image; use {least:.2g} or more"
+            )
         chosen.append(generator.permutation(members)[:count])
     return np.sort(np.concatenate(chosen))
 
@@ -222,7 +248,9 @@ def load_encoder(model, weights, path):
         raise console.RunError(f"{path}: none of its encoder's {len(saved)} tensors fits this encoder; check --arch")
     model.encoder.load_state_dict(fitting, strict=False)
     fresh = list(dict.fromkeys(name.split(".")[0] for name in own if name not in fitting))
-    print(f"loaded {len(fitting)} of {len(model.state_dict())} tensors from {path}; fresh: {', '.join([*fresh, 'head'])}")
+    print(
+        f"loaded {len(fitting)} of {len(model.state_dict())} tensors from {path}; fresh: {', '.join([*fresh, 'head'])}"
+    )
     return fresh
 
 
@@ -237,7 +265,8 @@ def prepare_layers(args, model, fresh):
         count = len(names)
     if count > len(names):
         raise console.UsageError(
-            f"--freeze {args.freeze}: this encoder ends with its child number {len(names)} ({', '.join(names)}); -1 freezes all"
+            f"--freeze {args.freeze}: this encoder ends with its child number {len(names)} ({', '.join(names)}); "
+            "-1 freezes all"
         )
     random = [name for name in names[:count] if name in fresh]
     if random:
@@ -258,7 +287,8 @@ def restore(model, checkpoint):
     classes = model.head[-1].out_features
     if checkpoint["classes"] != classes:
         raise console.RunError(
-            f"the checkpoint knows {checkpoint['classes']} classes, the data have {classes}; check --dataset and --data-folder"
+            f"the checkpoint knows {checkpoint['classes']} classes, the data have {classes}; "
+            "check --dataset and --data-folder"
         )
     model.load_state_dict(checkpoint["model"])
 
@@ -303,17 +333,21 @@ def fit(args, model, train, test, folder, checkpoint=None):
 
 
 def skip_frozen_encoder(args, model, train, test):
-    """The network to train and its batches: the whole model, or, if the encoder is frozen, the head on stored features."""
+    """The network to train and its batches: the whole model, or, where all else is frozen, the head on features."""
     if model.frozen < len(list(model.encoder.children())):
         return model, train, test
     views = 2 if train.flip else 1
     fits, needed = features.fits_in_memory(views * len(train) + len(test), model.head[1].in_features)
     if not fits:
-        print(f"stored features would take {needed / 2**30:.1f} GiB, too much for this memory: encoding every epoch anew")
+        print(f"stored features would take {needed / 2**30:.1f} GiB, more than memory has: every epoch encodes anew")
         return model, train, test
     started = time.perf_counter()
-    stored = [features.StoredFeatures(model, batches, args.batch_size, mirror) for batches, mirror in ((train, train.flip), (test, False))]
-    print(f"encoded every image once ({views} views), {needed / 2**20:.0f} MiB in {time.perf_counter() - started:.1f} s: the head trains on that")
+    stored = [
+        features.StoredFeatures(model, batches, args.batch_size, mirror)
+        for batches, mirror in ((train, train.flip), (test, False))
+    ]
+    seconds = time.perf_counter() - started
+    print(f"every image is encoded ({views} views, {needed / 2**20:.0f} MiB, {seconds:.1f} s): the head trains on that")
     return model.head, *stored
 
 
@@ -362,7 +396,8 @@ def accuracy(scores, labels):
 
 def report(args, means, last, lr, speed, step, tracker):
     """An epoch on the console, in classifier.jsonl and in TensorBoard."""
-    print(f"epoch {last['epoch']}/{args.epochs}  train {in_words(means)}  test {in_words(last)}  lr {lr:g}  {speed:.0f} images/s", flush=True)
+    words = f"train {in_words(means)}  test {in_words(last)}  lr {lr:g}  {speed:.0f} images/s"
+    tqdm.write(f"epoch {last['epoch']}/{args.epochs}  {words}")
     tracker.event("test", step=step, learning_rate=lr, images_per_second=speed, train=means, **last)
     figures = {f"{name}/train": value for name, value in means.items()}
     figures |= {f"{name}/test": value for name, value in last.items() if name != "epoch"}
@@ -374,11 +409,11 @@ def in_words(figures):
     return "  ".join(words[name].format(figures[name]) for name in words if name in figures)
 
 
-# ---------------------------------------------------------------------------------------------------- probes and results
+# ---------------------------------------------------------------------------------------------------- results
 
 
 def probe(args, model, train, test):
-    """Linear and nearest-neighbour probes on frozen features. Returns the results, the last probe's scores, and labels."""
+    """Linear and nearest-neighbour probes on frozen features: the results, the last probe's scores, the labels."""
     model.eval()
     x, labels = features.extract(model.features, train, args.batch_size)
     test_x, test_labels = features.extract(model.features, test, args.batch_size)
@@ -387,7 +422,9 @@ def probe(args, model, train, test):
     for name, fit_and_score in kinds.items():
         if fit_and_score:
             started = time.perf_counter()
-            scores, settings = fit_and_score(x.numpy(), labels.numpy(), test_x.numpy(), len(train.source.classes), args.seed)
+            scores, settings = fit_and_score(
+                x.numpy(), labels.numpy(), test_x.numpy(), len(train.source.classes), args.seed
+            )
             scores = torch.from_numpy(scores)
             results[name] = {**accuracy(scores, test_labels), **settings, "seconds": time.perf_counter() - started}
             print(f"{name}  {in_words(results[name])}  {settings}")
@@ -396,12 +433,22 @@ def probe(args, model, train, test):
 
 def write_results(args, folder, classes, results, scores, labels):
     """results.json, per_class.csv and confusion.png, and the last words on the console."""
-    protocol = {name: getattr(args, name) for name in ("arch", "encoder_arch", "scale", "pretrained", "random_init", "freeze")}
-    protocol |= {name: getattr(args, name) for name in ("epochs", "step", "lr", "momentum", "wd", "batch_size", "label_fraction")}
+    protocol = {
+        name: getattr(args, name) for name in ("arch", "encoder_arch", "scale", "pretrained", "random_init", "freeze")
+    }
+    protocol |= {
+        name: getattr(args, name) for name in ("epochs", "step", "lr", "momentum", "wd", "batch_size", "label_fraction")
+    }
     data = {name: getattr(args, name) for name in ("dataset", "data_folder", "size", "inet")}
-    content = {"protocol": protocol, "data": {**data, "classes": len(classes), "test_images": len(labels)}, "seed": args.seed}
+    content = {
+        "protocol": protocol,
+        "data": {**data, "classes": len(classes), "test_images": len(labels)},
+        "seed": args.seed,
+    }
     tracking.write_json(folder / "results.json", {**results, **content, **runtime.record()})
-    hits, images = (torch.bincount(part, minlength=len(classes)) for part in (labels[scores.argmax(1) == labels], labels))
+    hits, images = (
+        torch.bincount(part, minlength=len(classes)) for part in (labels[scores.argmax(1) == labels], labels)
+    )
     with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "images", "correct", "accuracy"])
@@ -409,7 +456,8 @@ def write_results(args, folder, classes, results, scores, labels):
             writer.writerow([name, count, right, f"{100 * right / count:.2f}" if count else ""])
     confusion_picture(scores, labels).save(folder / "confusion.png")
     if "best" in results:
-        print(f"best (chosen on these test images, so a little flattered): epoch {results['best']['epoch']}  {in_words(results['best'])}")
+        best = results["best"]
+        print(f"best (chosen on these test images, so a little flattered): epoch {best['epoch']}  {in_words(best)}")
         print(f"last: epoch {results['last']['epoch']}  {in_words(results['last'])}")
     print(f"results.json, per_class.csv and confusion.png are in {tracking.relative(folder)}")
 

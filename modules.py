@@ -4,7 +4,8 @@
                        └─ appearance head ─ Q^A ─ z_app ─┴─ ẑ ─ decoder ─ x̂
 
 Letters: B images, C channels, H×W pixels, D feature channels, h×w cells (h = H / scale), N parts, d appearance size.
-Method: Gupta, Singh, Shrivastava, "PatchVAE: Learning Local Latent Codes for Recognition", CVPR 2020 (arXiv 2004.03623).
+Method: Gupta, Singh, Shrivastava, "PatchVAE: Learning Local Latent Codes for Recognition", CVPR 2020
+(arXiv 2004.03623).
 """
 
 import math

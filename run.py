@@ -1,11 +1,12 @@
 """Train PatchVAE, or the beta-VAE that it is compared with, on images without labels.
 
-    python run.py --dataset shapes --output-folder scratch --num-epochs 6 --img-per-epoch 6000 --lr 1e-3
-    python run.py --dataset folder --data-folder my/images --output-folder scratch --inet
+python run.py --dataset shapes --output-folder scratch --num-epochs 6 --img-per-epoch 6000 --lr 1e-3
+python run.py --dataset folder --data-folder my/images --output-folder scratch --inet
 """
 
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -21,8 +22,6 @@ SHOWN = 12  # images in the pictures of every epoch
 # Options that a resumed run may change: they do not touch its figures.
 FREE = ("data_folder", "output_folder", "workers", "num_epochs", "save_interval", "save_minutes", "no_cuda")
 CONTENTS = ("model.pt", "checkpoints", "logs", "images", "metrics.jsonl", "args.json")  # of the output folder
-
-
 def build_parser():
     parser = console.Parser(description=__doc__)
     options.add_data_options(parser)
@@ -32,7 +31,8 @@ def build_parser():
         help="patchy: PatchVAE; vae: the beta-VAE with the same encoder and decoder (default: %(default)s)",
     )
     model.add_argument(
-        "--py", type=console.above(0, 1), metavar="P", help="prior probability that a part occurs in a cell (default: 1/N)"
+        "--py", type=console.above(0, 1), metavar="P",
+        help="prior probability that a part occurs in a cell (default: 1/N)"
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument(
@@ -44,7 +44,8 @@ def build_parser():
         help="weight of the occurrence's KL term; lower it if the parts stay near their prior (default: %(default)s)",
     )
     loss.add_argument(
-        "--recon-mask", choices=("edge",), help="weigh every pixel's error by the edges in its cell (default: all alike)"
+        "--recon-mask", choices=("edge",),
+        help="weigh every pixel's error by the edges in its cell (default: all alike)"
     )
     loss.add_argument(
         "--temp", type=console.above(0), default=1.0, metavar="T",
@@ -55,7 +56,8 @@ def build_parser():
         help="every 1000 steps the temperature shrinks by exp(-X * step); 0 keeps it (default: %(default)s)",
     )
     loss.add_argument(
-        "--min-temp", type=console.above(0), default=0.1, metavar="T", help="but never below this (default: %(default)s)"
+        "--min-temp", type=console.above(0), default=0.1, metavar="T",
+        help="but never below this (default: %(default)s)"
     )
     training = parser.add_argument_group("training")
     training.add_argument("--num-epochs", type=console.whole(1), default=30, metavar="K", help="(default: %(default)s)")
@@ -64,7 +66,8 @@ def build_parser():
         help="images of one epoch, in whole batches, whatever the data set's size (default: %(default)s)",
     )
     training.add_argument(
-        "--batch-size", type=console.whole(1), default=128, metavar="K", help="images of one step (default: %(default)s)"
+        "--batch-size", type=console.whole(1), default=128, metavar="K",
+        help="images of one step (default: %(default)s)"
     )
     training.add_argument(
         "--lr", type=console.above(0), default=1e-4, metavar="X",
@@ -74,7 +77,8 @@ def build_parser():
         "--pretrained", metavar="FILE", help="a model.pt to start from; it knows its own model options"
     )
     training.add_argument(
-        "--seed", type=console.whole(0), default=1, metavar="K", help="of weights, order and noise (default: %(default)s)"
+        "--seed", type=console.whole(0), default=1, metavar="K",
+        help="of weights, order and noise (default: %(default)s)"
     )
     training.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
     output = parser.add_argument_group("output")
@@ -84,7 +88,7 @@ def build_parser():
     )
     output.add_argument(
         "--resume", nargs="?", const="", metavar="PATH",
-        help="go on from a checkpoint, or the newest whole one of a folder (default: the output folder's), with its options",
+        help="go on from a checkpoint, or a folder's newest whole one (default: the output folder's), with its options",
     )
     output.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
     output.add_argument(
@@ -92,10 +96,12 @@ def build_parser():
         help="do not train: test --pretrained (or the output folder's model.pt) and draw its pictures",
     )
     output.add_argument(
-        "--log-interval", type=console.whole(1), default=50, metavar="K", help="steps between logged figures (default: %(default)s)"
+        "--log-interval", type=console.whole(1), default=50, metavar="K",
+        help="steps between logged figures (default: %(default)s)"
     )
     output.add_argument(
-        "--save-interval", type=console.whole(1), default=1, metavar="K", help="epochs between checkpoints (default: %(default)s)"
+        "--save-interval", type=console.whole(1), default=1, metavar="K",
+        help="epochs between checkpoints (default: %(default)s)"
     )
     output.add_argument(
         "--save-minutes", type=console.above(0), default=15.0, metavar="X",
@@ -105,11 +111,12 @@ def build_parser():
 
 
 def parse(argv):
-    """The checked options, the content of the model file that they name, and that of the checkpoint to go on from (or None)."""
+    """The checked options, the content of the model file they name, and of the checkpoint to go on from (or None)."""
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
     if args.resume is not None:
-        checkpoint = checkpoints.resume(args.resume or os.path.join(args.output_folder, "checkpoints"), checkpoints.TRAINING)
+        path = args.resume or os.path.join(args.output_folder, "checkpoints")
+        checkpoint = checkpoints.resume(path, checkpoints.TRAINING)
         options.take_over(args, given, checkpoint["args"], FREE)
         return args, None, checkpoint
     if args.evaluate and args.pretrained is None:
@@ -152,8 +159,10 @@ def main(argv=None):
     model = modules.build_model(described).to(device)
     if file or checkpoint:
         model.load_state_dict((file or checkpoint)["model"])
-    print(f"{args.dataset}: {len(train):,} images to train on, {len(test):,} to test on, {args.size} px, {runtime.describe(device)}")
-    print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, encoder {args.encoder_arch}, {bottleneck(args)}")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    images = f"{len(train):,} training and {len(test):,} test images, {args.size} px"
+    print(f"{args.dataset}: {images}, {runtime.describe(device)}")
+    print(f"{args.arch}: {parameters:,} parameters, encoder {args.encoder_arch}, {bottleneck(args)}")
     if args.evaluate:
         return evaluate_only(args, model, test)
     folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
@@ -182,15 +191,16 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
                 log_training(args, progress, tracker)
             if progress.epoch_ends:
                 finish_epoch(args, described, model, test, progress, tracker)
-            if stop.requested or clock.rings() or progress.epoch_ends and progress.epoch % args.save_interval == 0:
-                content = {"options": described, "args": vars(args), "progress": progress.state()}
+            regular = progress.epoch_ends and progress.epoch % args.save_interval == 0
+            if regular or progress.step == last_step or stop.requested or clock.rings():
+                content = {"kind": checkpoints.TRAINING, "args": vars(args), "progress": progress.state()}
                 content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                checkpoints.save_numbered(folder / "checkpoints", progress.step, {"kind": checkpoints.TRAINING, **content})
+                checkpoints.save_numbered(folder / "checkpoints", progress.step, content)
             stop.obey(f"stopped and saved after step {progress.step}; --resume goes on from there")
         best = progress.best
         tracker.event("end", **best)
         tracker.options(vars(args), {f"best/{name}": value for name, value in best.items()})
-    say_farewell(args, progress.first, best, folder)
+    say_farewell(args, progress.first, best, folder, train.source.labels is not None)
     return best
 
 
@@ -221,7 +231,7 @@ class Progress:
 
     def restore(self, state):
         self.step, self.first, self.best = state["step"], state["first"], state["best"]
-        self.epoch_means, self.window_means = (tracking.Means(**state[name]) for name in ("epoch_means", "window_means"))
+        self.epoch_means, self.window_means = (tracking.Means(**state[f"{name}_means"]) for name in ("epoch", "window"))
 
 
 def train_step(args, model, optimizer, x, progress):
@@ -258,7 +268,7 @@ def evaluate(args, model, test):
 
 
 def posterior_means(posterior):
-    """What the encoder says of each part, appearance and places in a row: B×N×(d + h·w); the VAE's latents: B×(N·d)×1."""
+    """What the encoder says of each part, appearance and places: B×N×(d + h·w); the VAE's latents: B×(N·d)×1."""
     if posterior.occurrence is None:
         return posterior.mean.flatten(1)[:, :, None]
     return torch.cat([posterior.mean, posterior.occurrence.flatten(2)], dim=2)
@@ -295,7 +305,7 @@ def finish_epoch(args, described, model, test, progress, tracker):
         tracker.picture(name, progress.step, picture, f"images/{name}_epoch_{progress.epoch:03d}.png")
     speed = progress.epoch_means.images / train_seconds
     tqdm.write(
-        f"epoch {progress.epoch}/{args.num_epochs}  train {in_words(train_terms)}  test {in_words(terms)}  "
+        f"epoch {progress.epoch}/{args.num_epochs}  train {in_words(train_terms)}  test {in_words(figures)}  "
         f"{in_use(args, figures)}  {speed:.0f} images/s"
     )
     progress.epoch_means, progress.epoch_started = tracking.Means(), time.perf_counter()
@@ -303,7 +313,8 @@ def finish_epoch(args, described, model, test, progress, tracker):
 
 def in_words(terms):
     """The raw terms and their total in a line."""
-    return " ".join(f"{name} {value:.1f}" for name, value in terms.items() if not name.endswith("_weighted"))
+    shown = {name: value for name, value in terms.items() if name != "parts_in_use" and not name.endswith("_weighted")}
+    return " ".join(f"{name} {value:.1f}" for name, value in shown.items())
 
 
 def bottleneck(args):
@@ -343,19 +354,22 @@ def evaluate_only(args, model, test):
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in draw_pictures(args, model, test).items():
         picture.save(folder / f"{name}_evaluated.png")
-    print("test  " + in_words({name: value for name, value in figures.items() if name != "parts_in_use"}))
-    print(f"{in_use(args, figures)}; pictures in {tracking.relative(folder)}")
+    print(f"test  {in_words(figures)}  {in_use(args, figures)}")
+    print(f"its pictures are in {tracking.relative(folder)}")
     return figures
 
 
-def say_farewell(args, first, best, folder):
-    """What was learned, and what to do next."""
-    place = tracking.relative(folder)
-    print(f"reconstruction error on test images: {first['recon']:.1f} after epoch 1, {best['recon']:.1f} in the best epoch, {best['epoch']}")
+def say_farewell(args, first, best, folder, labelled):
+    """What was learned, and what to do next; `labelled`: the images have classes to recognise."""
+    place = shlex.quote(tracking.relative(folder))
+    fall = f"{first['recon']:.1f} after epoch 1, {best['recon']:.1f} in the best epoch, {best['epoch']}"
+    print(f"reconstruction error on test images: {fall}")
     print(f"{in_use(args, best)}; the model is {place}/model.pt, the pictures are in {place}/images")
     print(f"next: tensorboard --logdir {place}/logs")
-    data = f"--dataset {args.dataset} --data-folder {args.data_folder} --size {args.size}"
-    print(f"      python classifier.py {data} --arch {args.arch} --pretrained {place}/model.pt --freeze -1")
+    if labelled:
+        data = f"--dataset {args.dataset} --data-folder {shlex.quote(args.data_folder)}"
+        encoder = f"--arch {args.arch} --pretrained {place}/model.pt --freeze -1 --epochs 10"
+        print(f"      python classifier.py {data} {encoder} --output-folder {place}")
 
 
 if __name__ == "__main__":

@@ -36,21 +36,29 @@ def deep(tmp_path_factory):
 def judged(tmp_path_factory, finished):
     """A finished classifier on the frozen encoder: its folder and its results."""
     folder = tmp_path_factory.mktemp("judged")
-    return folder, train(folder, "--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--freeze", -1, "--lr", 0.01)
+    return folder, train(
+        folder, "--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--freeze", -1, "--lr", 0.01
+    )
 
 
 # ------------------------------------------------------------------------------------------------ freezing
 
 
-@pytest.mark.parametrize("freeze, children", [("4", 4), ("6", 6), ("8", 8), ("-1", 8), ("conv1", 4), ("conv1-3", 6), ("conv1-5", 8)])
+@pytest.mark.parametrize(
+    "freeze, children", [("4", 4), ("6", 6), ("8", 8), ("-1", 8), ("conv1", 4), ("conv1-3", 6), ("conv1-5", 8)]
+)
 def test_frozen_means_bitwise_frozen(freeze, children, deep, tmp_path):
     options = ["--arch", "patchy", "--pretrained", deep, "--label-fraction", "0.05", "--lr", "0.01", "--wd", "0.1"]
     train(tmp_path, *options, "--freeze", freeze)
     before = checkpoints.load(deep, checkpoints.MODEL)["model"]
     after = checkpoints.load(tmp_path / "checkpoint.pt", checkpoints.CLASSIFIER)["model"]
     names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
-    changed = {name.split(".")[1] for name in before if name.startswith("encoder.") and not torch.equal(before[name], after[name])}
-    assert changed == {name for name in names[children:]}
+    changed = {
+        name.split(".")[1]
+        for name in before
+        if name.startswith("encoder.") and not torch.equal(before[name], after[name])
+    }
+    assert changed == set(names[children:])
 
 
 def test_frozen_stays_frozen_without_stored_features(deep, tmp_path, monkeypatch):
@@ -65,7 +73,9 @@ def test_scale_and_shift_of_a_pretrained_encoder_stay_and_train_from_scratch(dee
     train(tmp_path / "a", "--arch", "patchy", "--pretrained", deep, "--label-fraction", "0.05", "--lr", "0.01")
     train(tmp_path / "b", "--arch", "patchy", "--scale", "32", "--label-fraction", "0.05", "--lr", "0.01")
     before = checkpoints.load(deep, checkpoints.MODEL)["model"]["encoder.bn1.weight"]
-    tuned, fresh = (checkpoints.load(tmp_path / name / "checkpoint.pt", checkpoints.CLASSIFIER)["model"] for name in "ab")
+    tuned, fresh = (
+        checkpoints.load(tmp_path / name / "checkpoint.pt", checkpoints.CLASSIFIER)["model"] for name in "ab"
+    )
     assert torch.equal(tuned["encoder.bn1.weight"], before)
     assert not torch.equal(fresh["encoder.bn1.weight"], torch.ones(64))
 
@@ -75,12 +85,31 @@ def test_stored_features_train_the_same_head_as_encoding_every_epoch(finished, t
     small = datasets.DATA_SETS["shapes"]._replace(open=lambda root, split: datasets.Drawings(96, seed=split == "test"))
     monkeypatch.setitem(datasets.DATA_SETS, "shapes", small)
     run.main(["--dataset", "shapes", *TINY, "--output-folder", str(tmp_path)])
-    options = ["--dataset", "shapes", "--arch", "patchy", "--pretrained", tmp_path / "model.pt", "--freeze", -1, "-b", 32, "--lr", 0.01]
+    options = [
+        "--dataset",
+        "shapes",
+        "--arch",
+        "patchy",
+        "--pretrained",
+        tmp_path / "model.pt",
+        "--freeze",
+        -1,
+        "-b",
+        32,
+        "--lr",
+        0.01,
+    ]
     fast = train(tmp_path / "fast", *options)
     monkeypatch.setattr(features, "free_memory", lambda: 0)
     slow = train(tmp_path / "slow", *options)
-    assert fast["last"]["loss"] == pytest.approx(slow["last"]["loss"], rel=1e-5) and fast["last"]["top1"] == slow["last"]["top1"]
-    heads = [checkpoints.load(tmp_path / name / "checkpoint.pt", checkpoints.CLASSIFIER)["model"] for name in ("fast", "slow")]
+    assert (
+        fast["last"]["loss"] == pytest.approx(slow["last"]["loss"], rel=1e-5)
+        and fast["last"]["top1"] == slow["last"]["top1"]
+    )
+    heads = [
+        checkpoints.load(tmp_path / name / "checkpoint.pt", checkpoints.CLASSIFIER)["model"]
+        for name in ("fast", "slow")
+    ]
     for name in heads[0]:
         torch.testing.assert_close(heads[0][name], heads[1][name], rtol=1e-4, atol=1e-5)
 
@@ -95,7 +124,16 @@ def test_what_was_loaded_is_said(finished, tmp_path, capsys):
 
 
 def test_a_cut_encoder_fills_the_first_layers_of_resnet18(finished, tmp_path, capsys):
-    options = ["--arch", "resnet18", "--pretrained", finished[0] / "model.pt", "--label-fraction", "0.02", "--epochs", "1"]
+    options = [
+        "--arch",
+        "resnet18",
+        "--pretrained",
+        finished[0] / "model.pt",
+        "--label-fraction",
+        "0.02",
+        "--epochs",
+        "1",
+    ]
     train(tmp_path, *options, "--freeze", "conv1-3")
     assert "fresh: layer3, layer4, head" in capsys.readouterr().out
     with pytest.raises(console.UsageError, match="layer3.*--freeze 6"):
@@ -103,7 +141,17 @@ def test_a_cut_encoder_fills_the_first_layers_of_resnet18(finished, tmp_path, ca
 
 
 def test_random_init_keeps_the_files_architecture_and_not_its_weights(finished, tmp_path):
-    options = ["--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--random-init", "--freeze", -1, "--label-fraction", 0.02]
+    options = [
+        "--arch",
+        "patchy",
+        "--pretrained",
+        finished[0] / "model.pt",
+        "--random-init",
+        "--freeze",
+        -1,
+        "--label-fraction",
+        0.02,
+    ]
     train(tmp_path, *options)
     before = checkpoints.load(finished[0] / "model.pt", checkpoints.MODEL)["model"]
     after = checkpoints.load(tmp_path / "best.pt", checkpoints.CLASSIFIER)["model"]
@@ -116,8 +164,17 @@ def test_random_init_keeps_the_files_architecture_and_not_its_weights(finished, 
 def test_the_output_folder_tells_what_happened(judged):
     folder, results = judged
     saved = json.loads((folder / "results.json").read_text())
-    assert saved["best"] == results["best"] and saved["last"] == results["last"] and saved["best"]["top1"] >= saved["last"]["top1"]
-    assert saved["seed"] == 1 and saved["protocol"]["freeze"] == -1 and saved["data"]["dataset"] == "digits" and saved["torch"]
+    assert (
+        saved["best"] == results["best"]
+        and saved["last"] == results["last"]
+        and saved["best"]["top1"] >= saved["last"]["top1"]
+    )
+    assert (
+        saved["seed"] == 1
+        and saved["protocol"]["freeze"] == -1
+        and saved["data"]["dataset"] == "digits"
+        and saved["torch"]
+    )
     rows = list(csv.DictReader((folder / "per_class.csv").open()))
     assert sum(int(row["images"]) for row in rows) == saved["data"]["test_images"] == 360
     share = 100 * sum(int(row["correct"]) for row in rows) / 360
@@ -125,7 +182,9 @@ def test_the_output_folder_tells_what_happened(judged):
     assert Image.open(folder / "confusion.png").size == (400, 400)
     board = EventAccumulator(str(folder / "logs_classifier"), size_guidance={"images": 0})
     board.Reload()
-    assert {"loss/train", "loss/test", "top1/train", "top1/test", "top5/test", "learning_rate"} <= set(board.Tags()["scalars"])
+    assert {"loss/train", "loss/test", "top1/train", "top1/test", "top5/test", "learning_rate"} <= set(
+        board.Tags()["scalars"]
+    )
     assert "confusion" in board.Tags()["images"]
 
 
@@ -133,7 +192,9 @@ def test_the_output_folder_tells_what_happened(judged):
 def test_evaluate_repeats_what_training_reported(judged, batch_size, capsys):
     folder, results = judged
     again = classifier.main(["--evaluate", "--output-folder", str(folder), "--workers", "0"])
-    assert again["top1"] == results["best"]["top1"] and again["loss"] == pytest.approx(results["best"]["loss"], rel=1e-5)
+    assert again["top1"] == results["best"]["top1"] and again["loss"] == pytest.approx(
+        results["best"]["loss"], rel=1e-5
+    )
     model = classifier.build_model(classifier.parse(["--evaluate", "--output-folder", str(folder)])[0], 10)
     classifier.restore(model, checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER))
     source = datasets.open_split("digits", None, "test", 32)
@@ -148,10 +209,15 @@ def test_resumed_equals_uninterrupted(finished, tmp_path):
     train(tmp_path / "parts", *options, "--epochs", 1)
     resumed = classifier.main(["--resume", "--epochs", "3", "--output-folder", str(tmp_path / "parts")])
     assert resumed == whole
-    states = [checkpoints.load(tmp_path / name / "checkpoint.pt", checkpoints.CLASSIFIER) for name in ("whole", "parts")]
+    states = [
+        checkpoints.load(tmp_path / name / "checkpoint.pt", checkpoints.CLASSIFIER) for name in ("whole", "parts")
+    ]
     for part in ("model",):
         assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[0][part])
-    lines = [[line for line in (tmp_path / name / "classifier.jsonl").read_text().splitlines() if '"train"' in line[:20]] for name in ("whole", "parts")]
+    lines = [
+        [line for line in (tmp_path / name / "classifier.jsonl").read_text().splitlines() if '"train"' in line[:20]]
+        for name in ("whole", "parts")
+    ]
     assert lines[0] == lines[1]
 
 
@@ -187,7 +253,17 @@ def test_probes_find_classes_that_are_there_and_chance_where_none_are():
 
 
 def test_linear_and_knn_report_together(finished, tmp_path):
-    results = train(tmp_path, "--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--linear", "--knn", "--label-fraction", 0.3)
+    results = train(
+        tmp_path,
+        "--arch",
+        "patchy",
+        "--pretrained",
+        finished[0] / "model.pt",
+        "--linear",
+        "--knn",
+        "--label-fraction",
+        0.3,
+    )
     assert results["linear"]["top1"] > 50 and results["knn"]["top1"] > 50  # ten classes
     assert set(json.loads((tmp_path / "results.json").read_text())) >= {"linear", "knn"}
 
@@ -195,7 +271,9 @@ def test_linear_and_knn_report_together(finished, tmp_path):
 def test_classes_are_matched_by_name(tmp_path):
     paint_classes(tmp_path / "train", ("ant", "bee", "cat"), images=4)
     paint_classes(tmp_path / "val", ("bee", "cat"), images=2)
-    args = classifier.parse(["--dataset", "folder", "--data-folder", str(tmp_path), "--arch", "resnet18", "--workers", "0"])[0]
+    args = classifier.parse(
+        ["--dataset", "folder", "--data-folder", str(tmp_path), "--arch", "resnet18", "--workers", "0"]
+    )[0]
     _, test = classifier.open_labelled(args, torch.device("cpu"))
     assert test.source.labels.tolist() == [1, 1, 2, 2]
 
@@ -213,7 +291,16 @@ def test_seed_commands_run_as_written(tmp_path, monkeypatch):
     for split in ("train", "val"):
         paint_classes(tmp_path / "data" / split, images=3, side=(260, 240))
     monkeypatch.chdir(tmp_path)  # where ./scratch/model.pt is found
-    common = ["--dataset=imagenet", "--data-folder", "data", "--num-parts=64", "--hidden-size=16", "--inet", "--size=224", "--scale=32"]
+    common = [
+        "--dataset=imagenet",
+        "--data-folder",
+        "data",
+        "--num-parts=64",
+        "--hidden-size=16",
+        "--inet",
+        "--size=224",
+        "--scale=32",
+    ]
     run.main([*common, "--num-epochs", "1", "--img-per-epoch", "4", "--batch-size", "2"])
     supervised, tuned = seed_commands()
     assert tuned.count("--arch=resnet18") == 1 and "--arch=patchy" in tuned

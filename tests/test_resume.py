@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run
@@ -43,7 +43,7 @@ def wait_for(process, folder, text):
 def events(folder):
     """metrics.jsonl without what time alone decides."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines if line["event"] != "start"]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 def assert_same(folder, other):
@@ -127,26 +127,31 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, tmp_pat
     assert "step_000000012.pt" in warning and "the one before" in warning and warning.count("\n") == 1
 
 
-def test_a_hostile_file_is_refused_unread(tmp_path):
+@pytest.mark.parametrize("force", [None, "1"])
+def test_a_hostile_file_is_refused_unread(force, tmp_path, monkeypatch):
     class Hostile:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
 
+    if force:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
     torch.save({"kind": checkpoints.MODEL, "options": Hostile()}, tmp_path / "model.pt")
-    for extra in ({}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}):
-        done = call("run.py", "--evaluate", "--output-folder", tmp_path, env={**os.environ, **extra})
-        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "model.pt" in done.stderr
-        assert not (tmp_path / "executed").exists()
+    with pytest.raises(console.RunError, match="model.pt"):
+        run.main(["--evaluate", "--output-folder", str(tmp_path)])
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_folder_in_use_is_refused_and_a_killed_holder_does_not_block(tmp_path):
     process = start(tmp_path, "--num-epochs", "1000")
     wait_for(process, tmp_path, '"step": 3')
-    second = call("run.py", *OPTIONS, "--output-folder", tmp_path, "--overwrite")
-    assert second.returncode == 1 and f"process {process.pid}" in second.stderr and (tmp_path / "metrics.jsonl").exists()
+    again = [*OPTIONS, "--num-epochs", "1", "--output-folder", str(tmp_path), "--overwrite"]
+    with pytest.raises(console.RunError, match=f"in use by process {process.pid}"):
+        run.main(again)
+    assert '"step": 3' in (tmp_path / "metrics.jsonl").read_text()
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert call("run.py", *OPTIONS, "--num-epochs", "1", "--output-folder", tmp_path, "--overwrite").returncode == 0
+    run.main(again)
+    assert len(events(tmp_path)) == 4  # two windows, a test, the end
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_older_file(uninterrupted, tmp_path, monkeypatch):
@@ -159,4 +164,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_file(uninterrupted, tmp_pa
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
         checkpoints.save(path, {"kind": checkpoints.MODEL, "value": 2})
-    assert checkpoints.load(path, checkpoints.MODEL)["value"] == 1 and [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    assert checkpoints.load(path, checkpoints.MODEL)["value"] == 1 and [p.name for p in tmp_path.iterdir()] == [
+        "model.pt"
+    ]

@@ -58,7 +58,9 @@ def test_geometry_of_one_square_and_one_circle():
     side = 0.3 / np.sqrt(2)
     top, left = round((0.5 - side) * 64), round((0.5 - side) * 64)
     assert shapes.GEOMETRY[geometry[top, 32]] == "edge 0 deg" and shapes.GEOMETRY[geometry[32, left]] == "edge 90 deg"
-    assert geometry[top, left] == shapes.CORNER and geometry[32, 32] == shapes.INTERIOR and geometry[2, 2] == shapes.GROUND
+    assert (
+        geometry[top, left] == shapes.CORNER and geometry[32, 32] == shapes.INTERIOR and geometry[2, 2] == shapes.GROUND
+    )
     circle = square._replace(kind="circle")
     geometry = shapes.Scene((circle,), ((0, 0, 0),) * 2, "plain", 0).labels(64)["geometry"]
     assert set(np.unique(geometry)) == {shapes.GROUND, shapes.INTERIOR, shapes.ARC}

@@ -40,7 +40,9 @@ def save_numbered(folder, step, content):
     """Save `content` as `folder`/step_STEP.pt and remove all but the newest KEPT of their kind."""
     os.makedirs(folder, exist_ok=True)
     save(os.path.join(folder, f"step_{step:09d}.pt"), content)
-    for name in sorted(name for name in os.listdir(folder) if name.startswith("step_") and name.endswith(".pt"))[:-KEPT]:
+    for name in sorted(name for name in os.listdir(folder) if name.startswith("step_") and name.endswith(".pt"))[
+        :-KEPT
+    ]:
         os.remove(os.path.join(folder, name))
 
 
@@ -71,5 +73,7 @@ def load(path, kind, device="cpu"):
         raise RunError(f"{path}: not a file that this program wrote, or damaged ({reason})") from None
     found = content.get("kind") if isinstance(content, dict) else None
     if found != kind:
-        raise RunError(f"{path}: expected a {kind}, found {'a ' + found if found else 'something else'}; give another file")
+        raise RunError(
+            f"{path}: expected a {kind}, found {'a ' + found if found else 'something else'}; give another file"
+        )
     return content

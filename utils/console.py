@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     def given(self, argv=None):
         """The destinations of the options that `argv` itself sets, defaults left out: a set of str."""
         unset = object()
-        blank = argparse.Namespace(**{name: unset for name in vars(self.parse_args(argv))})
+        blank = argparse.Namespace(**dict.fromkeys(vars(self.parse_args(argv)), unset))
         return {name for name, value in vars(self.parse_args(argv, blank)).items() if value is not unset}
 
 

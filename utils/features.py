@@ -19,7 +19,7 @@ NEIGHBOURS = 20
 
 @torch.no_grad()
 def extract(encode, batches, batch_size, mirrored=False):
-    """Features and labels of all images in order: N×F float32 and N int64, on the CPU; `mirrored`: of their mirror images."""
+    """All images in order: features N×F float32 and labels N int64, on the CPU; `mirrored`: of their mirror images."""
     features = labels = None
     start = 0
     for x, y in batches.in_order(batch_size):
@@ -46,7 +46,7 @@ class StoredFeatures:
         return len(self.labels)
 
     def training(self, batch_size, seed, first_step, last_step):
-        """Yields (features: B×F, labels: B) for each step: the images and mirrorings that Batches.training would give."""
+        """Yields (features: B×F, labels: B) for each step, of the very images that Batches.training would give."""
         order = TrainingOrder(len(self), batch_size, seed, first_step, last_step)
         for step, indices in zip(order.steps, order):
             features = self.plain[indices]
@@ -92,7 +92,10 @@ def linear_probe(train_features, train_labels, test_features, classes, seed):
         accuracy[strength] = probe.score(x[held_part], train_labels[held_part])
     strength = max(accuracy, key=accuracy.get)
     probe = _fit_logistic(strength, x, train_labels)
-    return spread(probe.decision_function(test_x), probe.classes_, classes), {"C": strength, "held_out_accuracy": accuracy[strength]}
+    return spread(probe.decision_function(test_x), probe.classes_, classes), {
+        "C": strength,
+        "held_out_accuracy": accuracy[strength],
+    }
 
 
 def _fit_logistic(strength, x, labels):

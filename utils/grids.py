@@ -47,14 +47,16 @@ def grid(rows, captions=None):
 def occurrence_grid(originals, reconstructions, occurrence, parts=16):
     """One row per image: the image, its reconstruction, and where each part occurs.
 
-    `occurrence`: B×N×h×w in [0, 1]. Every part's map is scaled by its largest value, which stands above its column.
+    `occurrence`: B×N×h×w in [0, 1]. Every part's map is drawn from 0 to its largest value, which stands above its
+    column, or to one half, so that a part that is sure of nowhere looks like it.
     Of more than `parts` parts, those are shown whose maps vary most.
     """
     varying = np.argsort(-occurrence.var(axis=(0, 2, 3)), kind="stable")[:parts]
     shown = sorted(varying.tolist())
     largest = occurrence.max(axis=(0, 2, 3))
+    scale = np.maximum(largest, 0.5)
     rows = [
-        [image, copy] + [lay_over(image, occurrence[number, part] / largest[part]) for part in shown]
+        [image, copy] + [lay_over(image, occurrence[number, part] / scale[part]) for part in shown]
         for number, (image, copy) in enumerate(zip(originals, reconstructions))
     ]
     return grid(rows, ["image", "reconstr."] + [f"{part}: {largest[part]:.2f}" for part in shown])

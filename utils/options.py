@@ -95,7 +95,7 @@ def complete(args, given):
     if args.arch == "vae":
         wrong = [name for name in PARTS_ONLY if name in given]
         if wrong:
-            raise UsageError(f"--{wrong[0]} belongs to parts, which --arch vae has not; leave it out or use --arch patchy")
+            raise UsageError(f"--{wrong[0]} belongs to parts, which --arch vae has not; drop it or use --arch patchy")
     if args.independent and args.ngf % args.num_parts:
         fit = math.ceil(args.ngf / args.num_parts) * args.num_parts
         raise UsageError(f"--independent needs --ngf to be a multiple of --num-parts {args.num_parts}; use --ngf {fit}")
@@ -120,7 +120,7 @@ def follow_file(args, given, described, path, free=()):
     fixed = [name for name in DESCRIBED if name not in free]
     names = [name for name in fixed if name in given and getattr(args, name) != described[name]]
     if names:
-        raise UsageError(f"the options contradict {path}: {_differences(args, names, described)}; leave them out, the file knows them")
+        raise UsageError(f"the options contradict {path}: {_differences(args, names, described)}; drop them")
     channels = DATA_SETS[args.dataset].channels
     if channels != described["channels"]:
         raise RunError(
@@ -138,9 +138,10 @@ def take_over(args, given, saved, free):
 
     Raises UsageError with all differences where another option on the command line says otherwise.
     """
-    listed = [name for name in saved if name in given and name not in (*free, *NEVER_SAVED) and getattr(args, name) != saved[name]]
-    if listed:
-        raise UsageError(f"the options contradict the checkpoint: {_differences(args, listed, saved)}; leave them out, it knows them")
+    fixed = [name for name in saved if name in given and name not in (*free, *NEVER_SAVED)]
+    names = [name for name in fixed if getattr(args, name) != saved[name]]
+    if names:
+        raise UsageError(f"the options contradict the checkpoint: {_differences(args, names, saved)}; drop them")
     for name, value in saved.items():
         if name not in NEVER_SAVED and not (name in free and name in given):
             setattr(args, name, value)

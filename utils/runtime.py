@@ -5,12 +5,10 @@ import platform
 import signal
 import sys
 import time
+from importlib.metadata import version
 
 import numpy as np
-import PIL
-import sklearn
 import torch
-import torchvision
 
 from utils.console import Terminated, UsageError
 
@@ -38,7 +36,7 @@ def seed_step(seed, step):
 
 def record():
     """What else a result depends on: a dict of str."""
-    libraries = {module.__name__: module.__version__ for module in (torch, torchvision, np, PIL, sklearn)}
+    libraries = {name: version(name) for name in ("torch", "torchvision", "numpy", "Pillow", "scikit-learn")}
     command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     return {"command": command, "python": platform.python_version(), **libraries}
 

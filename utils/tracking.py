@@ -36,7 +36,10 @@ def prepare_folder(folder, contents, overwrite=False, keep=False):
     _claim(folder)
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for leftover in (*folder.glob(f"*{checkpoints.UNFINISHED}"), *folder.glob(f"checkpoints/*{checkpoints.UNFINISHED}")):
+    for leftover in (
+        *folder.glob(f"*{checkpoints.UNFINISHED}"),
+        *folder.glob(f"checkpoints/*{checkpoints.UNFINISHED}"),
+    ):
         leftover.unlink()
     return folder
 
@@ -53,7 +56,9 @@ def _claim(folder):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by data-loading processes
     except OSError:
         lock.seek(0)
-        raise RunError(f"{folder} is in use by {lock.read().strip()}; wait for it, or choose another --output-folder") from None
+        raise RunError(
+            f"{folder} is in use by {lock.read().strip()}; wait for it, or choose another --output-folder"
+        ) from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
