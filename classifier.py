@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import modules
-from datasets import DATA_SETS, Batches, normalisation, open_split
+from datasets import DATA_SETS, open_split
 from utils import checkpoints, console, features, grids, options, runtime, tracking
 
 SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the encoders that run.py trains
 CUTS = ("conv1", "conv1-3", "conv1-5")
 # Options that a resumed run may change: they do not touch its figures.
-FREE = ("data_folder", "output_folder", "workers", "epochs", "print_freq", "no_cuda", "gpu")
+FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "print_freq", "no_cuda", "gpu")
 CONTENTS = (
     "checkpoint.pt",
     "best.pt",
@@ -193,7 +193,6 @@ def main(argv=None):
 
 def open_labelled(args, device):
     """Training and test Batches, both with labels that mean the same classes."""
-    row = DATA_SETS[args.dataset]
     train, test = (open_split(args.dataset, args.data_folder, split, args.size) for split in ("train", "test"))
     for source in (train, test):
         if source.labels is None:
@@ -212,8 +211,7 @@ def open_labelled(args, device):
         raise console.RunError(f"--dataset {args.dataset} has a single class; there is nothing to tell apart")
     if args.label_fraction < 1:
         train = train.subset(few_labels(train.labels, args.label_fraction, args.seed))
-    mean, std = normalisation(row.channels, args.inet)
-    return [Batches(source, args.size, mean, std, device, args.workers, row.flip) for source in (train, test)]
+    return options.open_batches(args, (train, test), device)
 
 
 def few_labels(labels, fraction, seed):

@@ -1,25 +1,23 @@
-"""Every data set as one row of a table, and its images as normalised batches on the training device.
+"""Every data set as one row of a table. Read the table first, from below: it is what the rest is for.
 
-    files or drawing code → PIL image → resized, centre-cropped uint8 pixels → flipped, normalised batch on the device
-
-An image source has `len()`, `image(index)` -> PIL image, `labels` (int64 array, or None) and `classes` (list of str).
+A data set opens as an image source for each split: `len()`, `image(index)` -> PIL image, `channels` (1 or 3), `labels`
+(int64 array, or None) and `classes` (list of str). utils/batches.py turns sources into batches on the device.
 """
 
 import functools
+import hashlib
 import os
-import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 import torchvision
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import functional as transforms
 
-from utils import shapes
+from utils import cache, shapes
 from utils.console import RunError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,18 +29,23 @@ SPLITS = ("unlabelled", "train", "test")  # what run.py trains on, what classifi
 
 
 class Files:
-    """Image files below `root`. The paths lie in one array, so that millions of them cost workers no memory."""
+    """Image files below `root`, or a `part` of them. The paths lie in one array: millions cost workers no memory."""
 
-    def __init__(self, root, paths, labels=None, classes=()):
-        self.root = os.fspath(root)
+    channels = 3
+
+    def __init__(self, root, paths, labels=None, classes=(), part=""):
+        self.root, self.part = os.fspath(root), part
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels, self.classes = _label_array(labels), list(classes)
 
     def __len__(self):
         return len(self.paths)
 
+    def path(self, index):
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
     def image(self, index):
-        path = os.path.join(self.root, os.fsdecode(self.paths[index]))
+        path = self.path(index)
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
@@ -51,11 +54,26 @@ class Files:
         except Exception as error:  # Pillow raises many kinds for a broken file
             raise RunError(f"{path}: cannot be decoded ({error}); repair or remove it") from None
 
-    def subset(self, chosen):
-        """The images at the positions `chosen`, an int array."""
-        part = Files(self.root, [], None if self.labels is None else self.labels[chosen], self.classes)
-        part.paths = self.paths[chosen]
-        return part
+    def listing(self):
+        """A cache.Listing: what tells whether a file changed; -1 for the size and time of one that is not there."""
+        stamps = np.fromiter(map(_stamp, map(self.path, range(len(self)))), np.dtype((np.int64, 2)), len(self))
+        return cache.Listing(self.paths, *stamps.T)
+
+    def subset(self, chosen, part=""):
+        """The images at the positions `chosen`, an int array; `part` names them for the cache on disk."""
+        labels = None if self.labels is None else self.labels[chosen]
+        part = part or f"{self.part}-{hashlib.sha256(chosen.tobytes()).hexdigest()[:8]}".strip("-")
+        subset = Files(self.root, [], labels, self.classes, part)
+        subset.paths = self.paths[chosen]
+        return subset
+
+
+def _stamp(path):
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 class Arrays:
@@ -63,6 +81,7 @@ class Arrays:
 
     def __init__(self, pixels, labels, classes):
         self.pixels, self.labels, self.classes = pixels, _label_array(labels), list(classes)
+        self.channels = 1 if pixels.ndim == 3 else 3
 
     def __len__(self):
         return len(self.pixels)
@@ -70,28 +89,36 @@ class Arrays:
     def image(self, index):
         return Image.fromarray(self.pixels[index])
 
-    def subset(self, chosen):
+    def subset(self, chosen, part=""):
         """The images at the positions `chosen`, an int array."""
         return Arrays(self.pixels[chosen], self.labels[chosen], self.classes)
 
 
 class Drawings:
-    """Scenes of utils/shapes.py. `binary`: white on black. `pixel_labels(index, size)` tells the truth per pixel."""
+    """Scenes of utils/shapes.py. `binary`: white on black. `pixel_labels(index)` tells the truth about each pixel."""
 
     def __init__(self, length, seed, kinds=shapes.KINDS, binary=False):
-        self.length, self.seed, self.classes, self.binary = length, seed, list(kinds), binary
-        self.labels = np.arange(length) % len(kinds)  # the kind of the main figure, see shapes.scene
+        self.seed, self.classes, self.binary = seed, list(kinds), binary
+        self.numbers = np.arange(length)  # of the scenes in the endless sequence `seed`
+        self.labels = self.numbers % len(kinds)  # the kind of the main figure, see shapes.scene
+        self.channels = 1 if binary else 3
         self.size = 32  # pixels per side; open_split sets what is asked for, so that nothing is resized
 
     def __len__(self):
-        return self.length
+        return len(self.numbers)
+
+    def subset(self, chosen, part=""):
+        """The scenes at the positions `chosen`, an int array."""
+        subset = Drawings(0, self.seed, tuple(self.classes), self.binary)
+        subset.size, subset.numbers, subset.labels = self.size, self.numbers[chosen], self.labels[chosen]
+        return subset
 
     def image(self, index):
         scene = self.scene(index)
         return scene.draw_binary(self.size) if self.binary else scene.draw(self.size)
 
     def scene(self, index):
-        return shapes.scene(self.seed, index, tuple(self.classes), overlap=not self.binary)
+        return shapes.scene(self.seed, int(self.numbers[index]), tuple(self.classes), overlap=not self.binary)
 
     def pixel_labels(self, index):
         """Exact labels of image `index`: a dict of size×size uint8 arrays, see shapes.Scene.labels."""
@@ -134,7 +161,7 @@ def _download(load, name, folder):
 
 
 def class_folders(**folder_of_split):
-    """Folders of CLASS/*, one per split; a split that is not named trains on `train`; no `test`: a fifth is held out."""
+    """Folders of CLASS/*, one per split; a split without a name trains on `train`; no `test`: a fifth is held out."""
 
     def open_split(root, split):
         if "test" in folder_of_split:
@@ -161,7 +188,8 @@ def _labelled_or_flat(folder):
     """Images directly in the folder mean that its subfolders are no classes."""
     entries = list(os.scandir(folder))
     is_flat = any(_is_image(entry.name) and entry.is_file() for entry in entries)
-    return flat_folder(folder) if is_flat or not any(entry.is_dir() for entry in entries) else labelled_folder(folder)
+    has_classes = any(_is_class(entry) for entry in entries)
+    return labelled_folder(folder) if has_classes and not is_flat else flat_folder(folder)
 
 
 def labelled_folder(folder):
@@ -169,11 +197,23 @@ def labelled_folder(folder):
     if not Path(folder).is_dir():
         raise RunError(f"{folder}: no such folder; expected {folder}/CLASS/* with the images of each class")
     try:
-        found = torchvision.datasets.ImageFolder(folder)
+        found = _ClassFolder(folder)
     except FileNotFoundError as error:
         raise RunError(f"{folder}: {str(error).splitlines()[0]} Expected {folder}/CLASS/* with images") from None
     paths, labels = zip(*found.samples)
     return Files(folder, [os.path.relpath(path, folder) for path in paths], labels, found.classes)
+
+
+class _ClassFolder(torchvision.datasets.ImageFolder):
+    def find_classes(self, directory):
+        classes = sorted(entry.name for entry in os.scandir(directory) if _is_class(entry))
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
+def _is_class(entry):
+    return entry.is_dir() and not entry.name.startswith(".")  # such as our own CACHE_FOLDER
 
 
 def flat_folder(folder):
@@ -199,7 +239,9 @@ def held_out(source, split):
     chosen[order[1::HELD_OUT]] = True
     if not chosen.any():
         raise RunError(f"{getattr(source, 'root', 'the data set')}: one image is too few; two or more are needed")
-    return source.subset(np.flatnonzero(chosen if split == "test" else ~chosen))
+    if split == "test":
+        return source.subset(np.flatnonzero(chosen), "held-out")
+    return source.subset(np.flatnonzero(~chosen), "rest")
 
 
 def places205(root, split):
@@ -221,7 +263,7 @@ def places205(root, split):
     if not paths:
         raise RunError(f"{table}: the list is empty")
     names = {label: os.path.dirname(path).lstrip("/") for path, label in zip(paths, labels)}
-    return Files(images, paths, labels, [names.get(label, str(label)) for label in range(max(labels) + 1)])
+    return Files(images, paths, labels, [names.get(label, str(label)) for label in range(max(labels) + 1)], name)
 
 
 def drawings(**style):
@@ -285,140 +327,3 @@ def normalisation(channels, inet):
     if channels == 1:
         return [float(np.mean(IMAGENET_MEAN))], [float(np.mean(IMAGENET_STD))]
     return list(IMAGENET_MEAN), list(IMAGENET_STD)
-
-
-# ---------------------------------------------------------------------------------------------------- batches
-
-
-def resize_and_crop(image, size):
-    """PIL image -> size×size: the shorter side resized (antialiased), the middle of the longer one kept."""
-    if image.size != (size, size):
-        image = transforms.center_crop(transforms.resize(image, size), size)
-    return image
-
-
-class Pixels(torch.utils.data.Dataset):
-    """An image source as uint8 tensors. A batch of indices gives (B×C×H×W, B labels), or the RunError that it met."""
-
-    def __init__(self, source, size):
-        self.source, self.size = source, size
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitems__(self, indices):
-        # An error is returned, not raised: raised in a worker it would arrive wrapped in a traceback.
-        try:
-            pixels = np.stack([self._pixels(index) for index in indices])
-        except RunError as error:
-            return error
-        labels = np.zeros(len(indices), np.int64) if self.source.labels is None else self.source.labels[indices]
-        return torch.from_numpy(pixels), torch.from_numpy(labels)
-
-    def _pixels(self, index):
-        pixels = np.asarray(resize_and_crop(self.source.image(index), self.size))
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-class TrainingOrder:
-    """Which images each optimiser step sees: a pure function of (seed, step), whatever the data set's size.
-
-    The steps cut an endless stream, one fresh shuffle of the data set after another, into batches of equal size.
-    """
-
-    def __init__(self, images, batch_size, seed, first_step, last_step):
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.steps = range(first_step, last_step + 1)  # counted from 1
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __iter__(self):
-        return (self.indices(step) for step in self.steps)
-
-    def indices(self, step):
-        """The images of step 1, 2, …: a list of batch_size indices."""
-        positions = np.arange((step - 1) * self.batch_size, step * self.batch_size)
-        rounds, places = np.divmod(positions, self.images)
-        return [int(_shuffle(self.seed, int(number), self.images)[place]) for number, place in zip(rounds, places)]
-
-
-@functools.lru_cache(maxsize=2)  # the current shuffle and the one before it
-def _shuffle(seed, number, images):
-    return np.random.default_rng([seed, 0, number]).permutation(images)
-
-
-def flips(seed, step, batch_size):
-    """Which images of step `step` are mirrored: batch_size booleans, a pure function of (seed, step)."""
-    return torch.from_numpy(np.random.default_rng([seed, 1, step]).random(batch_size) < 0.5)
-
-
-class Batches:
-    """An image source as normalised float batches on `device`; the host sends uint8."""
-
-    def __init__(self, source, size, mean, std, device, workers=0, flip=False):
-        self.source, self.pixels, self.device, self.flip = source, Pixels(source, size), device, flip
-        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
-        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
-        self.workers = min(workers, os.cpu_count() or 1)
-
-    def __len__(self):
-        return len(self.source)
-
-    def training(self, batch_size, seed, first_step, last_step):
-        """Yields (x: B×C×H×W, labels: B) for each step, in TrainingOrder, mirrored at random if the data allow it."""
-        order = TrainingOrder(len(self.source), batch_size, seed, first_step, last_step)
-        for step, (pixels, labels) in zip(order.steps, self._load(order)):
-            mirrored = flips(seed, step, batch_size) if self.flip else None
-            yield self._to_device(pixels, mirrored), labels.to(self.device, non_blocking=True)
-
-    def in_order(self, batch_size):
-        """Yields (x: B×C×H×W, labels: B): every image once, in the source's order; the last batch may be small."""
-        everything = list(range(len(self.source)))
-        order = [everything[start : start + batch_size] for start in range(0, len(everything), batch_size)]
-        for pixels, labels in self._load(order):
-            yield self._to_device(pixels), labels.to(self.device, non_blocking=True)
-
-    def examples(self, count):
-        """x: at most count×C×H×W, images spread evenly over the source."""
-        spread = np.linspace(0, len(self.source) - 1, min(count, len(self.source))).round().astype(int)
-        loaded = self.pixels.__getitems__(spread.tolist())
-        if isinstance(loaded, RunError):
-            raise loaded
-        return self._to_device(loaded[0])
-
-    def _load(self, order):
-        loader = torch.utils.data.DataLoader(
-            self.pixels,
-            batch_sampler=order,
-            num_workers=self.workers,
-            collate_fn=_as_it_is,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_quiet_worker,
-        )
-        try:
-            for loaded in loader:
-                if isinstance(loaded, RunError):
-                    raise loaded
-                yield loaded
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunError(f"a data-loading process died ({str(error).splitlines()[0]}); try --workers 0") from None
-
-    def _to_device(self, pixels, mirrored=None):
-        x = pixels.to(self.device, non_blocking=True)  # B×C×H×W uint8
-        if mirrored is not None:
-            x = torch.where(mirrored.to(self.device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
-        return (x.float() / 255 - self.mean) / self.std
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def _quiet_worker(worker):
-    """Ctrl-C and SIGTERM reach the whole process group: the main process alone decides what they mean."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)

@@ -14,13 +14,14 @@ import torch
 from tqdm import tqdm
 
 import modules
-from datasets import DATA_SETS, Batches, normalisation, open_split
+from datasets import open_split
 from utils import checkpoints, console, grids, options, runtime, tracking
 
 ACTIVE = 0.01  # variance over images above which a latent is in use (Burda et al. 2016, section 5.2)
 SHOWN = 12  # images in the pictures of every epoch
 # Options that a resumed run may change: they do not touch its figures.
-FREE = ("data_folder", "output_folder", "workers", "num_epochs", "save_interval", "save_minutes", "no_cuda")
+FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "no_cuda")
+FREE += ("num_epochs", "save_interval", "save_minutes")
 CONTENTS = ("model.pt", "checkpoints", "logs", "images", "metrics.jsonl", "args.json")  # of the output folder
 def build_parser():
     parser = console.Parser(description=__doc__)
@@ -146,15 +147,9 @@ def main(argv=None):
     """Train, or evaluate, as `argv` says; returns the best test figures: a dict of floats."""
     args, file, checkpoint = parse(argv)
     device = runtime.choose_device(args.no_cuda)
-    row = DATA_SETS[args.dataset]
-    mean, std = normalisation(row.channels, args.inet)
-
-    def batches(split):
-        source = open_split(args.dataset, args.data_folder, split, args.size)
-        return Batches(source, args.size, mean, std, device, args.workers, row.flip)
-
-    train, test = batches("unlabelled"), batches("test")
-    described = options.describe_model(args, row.channels, mean, std)
+    sources = [open_split(args.dataset, args.data_folder, split, args.size) for split in ("unlabelled", "test")]
+    train, test = options.open_batches(args, sources, device)
+    described = options.describe_model(args)
     torch.manual_seed(args.seed)
     model = modules.build_model(described).to(device)
     if file or checkpoint:

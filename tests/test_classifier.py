@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import classifier
 import datasets
 import run
-from utils import checkpoints, console, features
+from utils import batches, checkpoints, console, features
 
 QUICK = ["--dataset", "digits", "--workers", "0", "--epochs", "2", "--ngf", "16"]
 
@@ -198,7 +198,7 @@ def test_evaluate_repeats_what_training_reported(judged, batch_size, capsys):
     model = classifier.build_model(classifier.parse(["--evaluate", "--output-folder", str(folder)])[0], 10)
     classifier.restore(model, checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER))
     source = datasets.open_split("digits", None, "test", 32)
-    test = datasets.Batches(source, 32, [0.5], [0.5], torch.device("cpu"))
+    test = batches.Batches(source, 32, [0.5], [0.5], torch.device("cpu"))
     figures, scores, labels = classifier.evaluate(model, test, batch_size)
     assert figures["top1"] == results["best"]["top1"] and torch.equal(labels, torch.from_numpy(source.labels))
 
@@ -348,7 +348,7 @@ BAD_INPUT = [
     ("--arch resnet18 --start-epoch 2", 2, ["--start-epoch 2", "--epochs 2"]),
     ("--arch patchy --pretrained {place}/model.pt --num-parts 4", 2, ["--num-parts 4 (file: 16)"]),
     ("--arch vae --pretrained {place}/model.pt", 2, ["--arch vae (file: patchy)"]),
-    ("--arch patchy --pretrained {place}/best.pt", 1, ["best.pt", "expected a model.pt", "classifier.py"]),
+    ("--arch patchy --pretrained {place}/best.pt", 1, ["best.pt", "expected a model.pt of run.py", "classifier.py"]),
     ("--arch patchy --pretrained {place}/none.pt", 1, ["none.pt", "no such file"]),
     ("--arch patchy --pretrained {place}/decoder.pt", 1, ["decoder.pt", "none of its encoder"]),
     ("--arch alexnet --pretrained {place}/model.pt", 1, ["model.pt", "--arch"]),

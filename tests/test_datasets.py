@@ -2,16 +2,21 @@
 
 import pickle
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import paint, paint_classes
+from conftest import ROOT, paint, paint_classes
 from PIL import Image
 
 import datasets
-from datasets import Batches, TrainingOrder, open_split
+from datasets import open_split
+from utils import batches
+from utils.batches import Batches, TrainingOrder
 from utils.console import RunError
 
 CPU = torch.device("cpu")
@@ -33,7 +38,8 @@ def tiny_cifar(root, folder, files, meta, labels, classes):
 
 @pytest.fixture
 def cifar100(tmp_path, monkeypatch):
-    tiny_cifar(tmp_path, "cifar-100-python", ["train", "test"], ("meta", "fine_label_names"), "fine_labels", list("abcde"))
+    meta = ("meta", "fine_label_names")
+    tiny_cifar(tmp_path, "cifar-100-python", ["train", "test"], meta, "fine_labels", list("abcde"))
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "_check_integrity", lambda self: True)  # not the real checksums
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
     return tmp_path
@@ -103,6 +109,15 @@ def test_folder_takes_every_usual_layout(tmp_path, class_folder):
     assert sizes("folder", flat) == [5, 5, 2] and open_split("folder", flat, "train", 32).labels is None
 
 
+def test_hidden_folders_are_no_classes(tmp_path, class_folder):
+    shutil.copytree(class_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / ".cache").mkdir()
+    assert open_split("folder", tmp_path, "train", 32).classes == ["ant", "bee"]
+    shutil.copytree(class_folder / "ant", tmp_path / "flat")
+    (tmp_path / "flat" / ".cache").mkdir()
+    assert sizes("folder", tmp_path / "flat") == [5, 5, 1]
+
+
 def test_digits_hold_out_a_fifth():
     train, test = (open_split("digits", None, split, 32) for split in ("train", "test"))
     assert len(train) + len(test) == 1797 and len(test) == pytest.approx(1797 / 5, abs=6)
@@ -112,8 +127,8 @@ def test_digits_hold_out_a_fifth():
 def test_pixels_are_resize_and_centre_crop(tmp_path):
     paint(tmp_path / "wide.png", side=(90, 40))
     paint(tmp_path / "tall.png", side=(20, 70))
-    pixels, labels = datasets.Pixels(open_split("folder", tmp_path, "test", 32), 32).__getitems__([0])
-    assert pixels.dtype == torch.uint8 and pixels.shape == (1, 3, 32, 32) and labels.tolist() == [0]
+    pixels, errors = batches.Pixels(open_split("folder", tmp_path, "test", 32), 32).__getitems__([0])
+    assert pixels.dtype == torch.uint8 and pixels.shape == (1, 3, 32, 32) and not errors
     path = tmp_path / open_split("folder", tmp_path, "test", 32).paths[0].decode()
     image = Image.open(path)
     short = min(image.size)
@@ -156,10 +171,10 @@ def test_flips_mirror_about_half_and_normalisation_can_be_undone():
     plain = next(Batches(source, 32, mean, std, CPU).training(64, 1, 1, 1))[0]
     flipped = next(Batches(source, 32, mean, std, CPU, flip=True).training(64, 1, 1, 1))[0]
     mirrored = torch.tensor([not torch.equal(a, b) for a, b in zip(plain, flipped)])
-    assert torch.equal(mirrored, datasets.flips(1, 1, 64)) and 16 < mirrored.sum() < 48
+    assert torch.equal(mirrored, batches.flips(1, 1, 64)) and 16 < mirrored.sum() < 48
     assert torch.equal(flipped[mirrored], plain[mirrored].flip(-1))
     pixels = ((plain * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)) * 255).round()
-    expected = datasets.Pixels(source, 32).__getitems__(next(iter(TrainingOrder(50_000, 64, 1, 1, 1))))[0]
+    expected = batches.Pixels(source, 32).__getitems__(next(iter(TrainingOrder(50_000, 64, 1, 1, 1))))[0]
     assert torch.equal(pixels.to(torch.uint8), expected)
 
 
@@ -168,6 +183,20 @@ def test_test_images_come_once_each_in_order(batch_size):
     source = open_split("digits", None, "test", 32)
     labels = torch.cat([y for _, y in Batches(source, 32, [0.5], [0.5], CPU).in_order(batch_size)])
     assert torch.equal(labels, torch.from_numpy(source.labels))
+
+
+def test_a_stream_left_open_does_not_keep_the_process_from_its_end():
+    """Data-loading processes ignore SIGTERM, with which Python would end them, and wait for them, at its own end."""
+    program = """
+        import torch, datasets
+        from utils.batches import Batches
+        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # torch's own patience with its workers
+        source = datasets.open_split("digits", None, "train", 32)
+        stream = Batches(source, 32, [0.5], [0.5], torch.device("cpu"), workers=1).training(8, 1, 1, 99)
+        next(stream)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, timeout=60, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_broken_image_is_named_also_from_a_worker(tmp_path):

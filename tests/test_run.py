@@ -88,9 +88,9 @@ def test_one_seed_gives_the_same_losses_and_another_does_not(tmp_path):
     "options",
     [
         "--arch vae", "--recon-mask edge", "--hard", "--categorical", "--independent --num-parts 8", "--dataset shapes",
-        "--dataset bincircles --encoder-arch pyramid --scale 4", "--inet --hard --categorical", "--encoder-arch alexnet",
-        "--size 64 --encoder-arch resnet18", "--beta-app 2 --beta-occ 3", "--num-parts 1 --py 0.5 --no-cuda",
-        "--arch vae --encoder-arch resnet50",
+        "--dataset bincircles --encoder-arch pyramid --scale 4", "--inet --hard --categorical",
+        "--encoder-arch alexnet", "--size 64 --encoder-arch resnet18", "--beta-app 2 --beta-occ 3",
+        "--num-parts 1 --py 0.5 --no-cuda", "--arch vae --encoder-arch resnet50",
     ],
 )  # fmt: skip
 def test_every_option_trains(options, tmp_path):

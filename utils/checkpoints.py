@@ -9,15 +9,26 @@ import torch
 
 from utils.console import RunError
 
-# What the files say they are, and where each belongs.
-MODEL, TRAINING, CLASSIFIER = "model.pt of run.py", "checkpoint of run.py", "checkpoint of classifier.py"
+MODEL, TRAINING, CLASSIFIER = "patchvae-model", "patchvae-training", "patchvae-classifier"  # what files say they are
+WORDS = {
+    MODEL: "a model.pt of run.py",
+    TRAINING: "a training checkpoint of run.py",
+    CLASSIFIER: "a checkpoint of classifier.py",
+}
 KEPT = 3  # how many checkpoints of a run stay
 UNFINISHED = ".unfinished"  # ends the name of a file that is being written; a killed process leaves it behind
 
 
 def save(path, content):
     """Write `content` (plain values and tensors) to `path`: the old file or the new one is there, never half of one."""
-    write(path, lambda file: torch.save(content, file))
+
+    def fill(file):
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # how torch's writer reports a full disk
+            raise RunError(f"{path}: could not be written ({str(error).splitlines()[0]}); is the disk full?") from None
+
+    write(path, fill)
 
 
 def write(path, fill):
@@ -29,8 +40,6 @@ def write(path, fill):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # how torch's writer reports a full disk
-        raise RunError(f"{path}: could not be written ({str(error).splitlines()[0]}); is the disk full?") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -73,7 +82,6 @@ def load(path, kind, device="cpu"):
         raise RunError(f"{path}: not a file that this program wrote, or damaged ({reason})") from None
     found = content.get("kind") if isinstance(content, dict) else None
     if found != kind:
-        raise RunError(
-            f"{path}: expected a {kind}, found {'a ' + found if found else 'something else'}; give another file"
-        )
+        what = WORDS.get(str(found), "something else")
+        raise RunError(f"{path}: expected {WORDS[kind]}, found {what}; give another file")
     return content

@@ -1,6 +1,5 @@
 """Features of a frozen encoder: computed once, stored, and read by linear and nearest-neighbour probes."""
 
-import os
 import warnings
 
 import numpy as np
@@ -11,7 +10,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
-from datasets import TrainingOrder, flips
+from utils.batches import TrainingOrder, flips
+from utils.cache import free_memory
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of the linear probe, weakest features last
 NEIGHBOURS = 20
@@ -65,15 +65,6 @@ def fits_in_memory(images, feature_size):
     """Whether images×feature_size float32 fit into half of the memory that is free, and the bytes that they take."""
     needed = images * feature_size * 4
     return needed < free_memory() / 2, needed
-
-
-def free_memory():
-    """Bytes of memory that can be had without swapping."""
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no Linux: guess that half is in use
 
 
 def linear_probe(train_features, train_labels, test_features, classes, seed):

@@ -1,9 +1,11 @@
 """The options that run.py and classifier.py share, and what they mean together."""
 
 import math
+import os
 
-from datasets import DATA_SETS
+from datasets import DATA_SETS, normalisation
 from modules import ENCODERS, FIXED_STRIDE
+from utils import batches, cache
 from utils.console import RunError, UsageError, whole
 
 DECODERS = ("pyramid",)
@@ -34,12 +36,26 @@ def add_data_options(parser):
     )
     group.add_argument(
         "--inet", action="store_true",
-        help="normalise with ImageNet's mean and deviation instead of 0.5 and 0.5; the reconstruction then weighs about "
-        "five times as much against the KL terms",
+        help="normalise with ImageNet's mean and deviation instead of 0.5 and 0.5; the reconstruction then weighs "
+        "about five times as much against the KL terms",
     )
     group.add_argument(
         "-j", "--workers", type=whole(0), default=4, metavar="K",
         help="processes that decode images, at most one per core; 0 decodes in the main process (default: %(default)s)",
+    )
+    group.add_argument(
+        "--cache", default="auto", choices=cache.MODES,
+        help="where decoded images stay, so that each is decoded once: device (on the GPU), ram, disk (a file in "
+        "--cache-folder, which later runs use too) or none; auto takes the first with room (default: %(default)s)",
+    )
+    group.add_argument(
+        "--cache-folder", metavar="DIR",
+        help="where --cache disk keeps its files; best on a local SSD (default: .cache in the data folder)",
+    )
+    group.add_argument(
+        "--skip-broken", action="store_true",
+        help="decode all images at the start and leave out the broken, at most one in a hundred, listed in the cache "
+        "folder; without it the first broken one stops the run",
     )
 
 
@@ -106,8 +122,20 @@ def _either(choices):
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def describe_model(args, channels, mean, std):
+def open_batches(args, sources, device):
+    """Batches for each of the image sources, as the data options say: a list."""
+    row = DATA_SETS[args.dataset]
+    mean, std = normalisation(row.channels, args.inet)
+    folder = args.cache_folder or os.path.join(args.data_folder, batches.CACHE_FOLDER)
+    mode = batches.choose_cache(args.cache, sources, args.size, device, folder)
+    common = (args.size, mean, std, device, args.workers, row.flip, mode, folder, args.skip_broken)
+    return [batches.Batches(source, *common) for source in sources]
+
+
+def describe_model(args):
     """What rebuilds the model: the dict of plain values that modules.build_model takes and a model file carries."""
+    channels = DATA_SETS[args.dataset].channels
+    mean, std = normalisation(channels, args.inet)
     return {**{name: getattr(args, name) for name in DESCRIBED}, "channels": channels, "mean": mean, "std": std}
 
 

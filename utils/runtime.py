@@ -36,9 +36,9 @@ def seed_step(seed, step):
 
 def record():
     """What else a result depends on: a dict of str."""
-    libraries = {name: version(name) for name in ("torch", "torchvision", "numpy", "Pillow", "scikit-learn")}
+    libraries = {name: version(name) for name in ("torchvision", "numpy", "Pillow", "scikit-learn")}
     command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    return {"command": command, "python": platform.python_version(), **libraries}
+    return {"command": command, "python": platform.python_version(), "torch": torch.__version__, **libraries}
 
 
 class StopRequest:
