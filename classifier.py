@@ -7,8 +7,8 @@ python classifier.py --dataset digits --arch resnet18 --epochs 15 --lr 0.05 --ou
 import argparse
 import csv
 import math
-import os
 import time
+from pathlib import Path
 
 import numpy as np
 import sklearn.metrics
@@ -22,6 +22,8 @@ from utils import checkpoints, console, features, grids, options, runtime, track
 
 SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the encoders that run.py trains
 CUTS = ("conv1", "conv1-3", "conv1-5")
+PROTOCOL = ("arch", "encoder_arch", "scale", "pretrained", "random_init", "freeze", "label_fraction")
+PROTOCOL += ("epochs", "step", "lr", "momentum", "wd", "batch_size")  # what results.json says of how it was measured
 # Options that a resumed run may change: they do not touch its figures.
 FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "print_freq", "no_cuda", "gpu")
 CONTENTS = (
@@ -33,6 +35,8 @@ CONTENTS = (
     "per_class.csv",
     "confusion.png",
 )
+
+
 def build_parser():
     parser = console.Parser(description=__doc__)
     options.add_data_options(parser)
@@ -114,7 +118,7 @@ def build_parser():
     machine.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
     machine.add_argument("--gpu", type=console.whole(0), metavar="K", help="use this GPU (default: the first)")
     for name in ("--world-size", "--rank", "--dist-url", "--dist-backend"):
-        machine.add_argument(name, metavar="X", help="accepted for old scripts, not used: torchrun does this")
+        machine.add_argument(name, metavar="X", help="accepted for old scripts and ignored")
     machine.add_argument("--multiprocessing-distributed", action="store_true", help="likewise")
     return parser
 
@@ -135,22 +139,22 @@ def parse(argv):
     """The checked options, the content of the --pretrained file and that of the checkpoint to go on from (or None)."""
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
-    checkpoint = None
+    args.typed = {name: getattr(args, name) for name in given}
     if args.resume is not None or args.evaluate:
-        path = args.resume or os.path.join(args.output_folder, "best.pt" if args.evaluate else "checkpoint.pt")
-        checkpoint = checkpoints.load(path, checkpoints.CLASSIFIER)
-        options.take_over(args, given, checkpoint["args"], FREE)
-        return args, None, checkpoint
+        return args, None, find_checkpoint(args, given)
     file = checkpoints.load(args.pretrained, checkpoints.MODEL) if args.pretrained else None
-    if args.arch in SUPERVISED:
-        given.discard("arch")  # it names this network, not the one in the file
     arch = args.arch
+    if arch in SUPERVISED:
+        check_whole_network(args, given)
+        given.discard("arch")  # it names this network, not the one in the file
     if file:
         options.follow_file(args, given, file["options"], args.pretrained, free=("size",))
     if arch in SUPERVISED:
         args.arch = args.encoder_arch = arch
         args.scale = modules.FIXED_STRIDE[arch]
     options.complete(args, given)
+    if args.start_epoch >= args.epochs:
+        raise console.UsageError(f"--start-epoch {args.start_epoch} leaves none of --epochs {args.epochs} to train")
     untrained = not (args.pretrained or args.random_init)
     if untrained and (args.freeze != 0 or args.linear or args.knn):
         flag = "--freeze" if args.freeze != 0 else "--linear" if args.linear else "--knn"
@@ -158,6 +162,28 @@ def parse(argv):
             f"{flag} needs a trained encoder: give --pretrained FILE, or --random-init for the floor"
         )
     return args, file, None
+
+
+def check_whole_network(args, given):
+    """Refuse options of the encoder that this network has not, unless a model file is there to agree with them."""
+    if args.pretrained:
+        return
+    scale = modules.FIXED_STRIDE[args.arch]
+    if "scale" in given and args.scale != scale:
+        raise console.UsageError(f"--scale {args.scale}: --arch {args.arch} is a whole network of scale {scale}")
+    if "encoder_arch" in given and args.encoder_arch not in ("resnet", args.arch):
+        raise console.UsageError(f"--encoder-arch {args.encoder_arch} contradicts --arch {args.arch}; leave one out")
+
+
+def find_checkpoint(args, given):
+    """The content of the checkpoint that --resume or --evaluate means; `args` follows it."""
+    place = Path(args.resume or args.output_folder)
+    path = place if place.is_file() else place / ("best.pt" if args.evaluate else "checkpoint.pt")
+    checkpoint = checkpoints.load(path, checkpoints.CLASSIFIER)
+    if not args.evaluate:
+        options.own_folder(args, given, str(path.parent))
+    options.follow_run(args, given, checkpoint["args"], (*FREE, "batch_size") if args.evaluate else FREE)
+    return checkpoint
 
 
 def main(argv=None):
@@ -184,7 +210,7 @@ def main(argv=None):
         results, scores, labels = probe(args, model, train, test)
     else:
         results, scores, labels = fit(args, model, train, test, folder, checkpoint)
-    write_results(args, folder, train.source.classes, results, scores, labels)
+    write_results(args, folder, model.frozen, train.source.classes, results, scores, labels)
     return results
 
 
@@ -268,12 +294,12 @@ def prepare_layers(args, model, fresh):
         )
     random = [name for name in names[:count] if name in fresh]
     if random:
+        remedy = "--arch patchy or vae" if args.linear or args.knn else f"--freeze {names.index(random[0])}"
         raise console.UsageError(
-            f"--freeze {args.freeze} would freeze random weights: {args.pretrained} has no {random[0]} that fits; "
-            f"use --freeze {names.index(random[0])}"
+            f"{args.pretrained} has no {random[0]} that fits, and it would be frozen with random weights; use {remedy}"
         )
     if args.pretrained and not args.random_init:
-        model.freeze_normalisation()
+        model.freeze_normalisation(fresh)
     model.freeze(count)
     weights = "pretrained" if args.pretrained and not args.random_init else "random"
     frozen = f"{names[0]} to {names[count - 1]}" if count else "nothing"
@@ -303,6 +329,8 @@ def fit(args, model, train, test, folder, checkpoint=None):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.wd)
     batch_size = min(args.batch_size, len(train))
+    if batch_size == 1:
+        raise console.UsageError("--batch-size 1, or one training image, leaves nothing to normalise over; use more")
     steps = math.ceil(len(train) / batch_size)
     done, best, last = args.start_epoch, None, None
     if checkpoint:
@@ -322,8 +350,6 @@ def fit(args, model, train, test, folder, checkpoint=None):
             content |= {"best": best, "last": last, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             for name in ("best.pt", "checkpoint.pt") if improved else ("checkpoint.pt",):
                 checkpoints.save(folder / name, content)
-        if best is None:
-            raise console.UsageError(f"--start-epoch {args.start_epoch} leaves none of --epochs {args.epochs} to train")
         restore(model, checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER))
         _, scores, labels = evaluate(network, test, args.batch_size)
         tracker.picture("confusion", args.epochs * steps, confusion_picture(scores, labels), "confusion.png")
@@ -429,14 +455,9 @@ def probe(args, model, train, test):
     return results, scores, test_labels
 
 
-def write_results(args, folder, classes, results, scores, labels):
+def write_results(args, folder, frozen, classes, results, scores, labels):
     """results.json, per_class.csv and confusion.png, and the last words on the console."""
-    protocol = {
-        name: getattr(args, name) for name in ("arch", "encoder_arch", "scale", "pretrained", "random_init", "freeze")
-    }
-    protocol |= {
-        name: getattr(args, name) for name in ("epochs", "step", "lr", "momentum", "wd", "batch_size", "label_fraction")
-    }
+    protocol = {name: getattr(args, name) for name in PROTOCOL} | {"frozen_children": frozen}
     data = {name: getattr(args, name) for name in ("dataset", "data_folder", "size", "inet")}
     content = {
         "protocol": protocol,

@@ -41,7 +41,7 @@ def kl_bernoulli(logits, prior):
     """
     q = logits.sigmoid()
     present = q * (F.logsigmoid(logits) - math.log(prior))
-    absent = (1 - q) * (F.logsigmoid(-logits) - math.log1p(-prior))
+    absent = (-logits).sigmoid() * (F.logsigmoid(-logits) - math.log1p(-prior))  # 1 - q without cancellation
     return (present + absent).flatten(1).sum(1)
 
 
@@ -417,10 +417,10 @@ class Classifier(nn.Module):
             child.requires_grad_(False)
         self.train(self.training)
 
-    def freeze_normalisation(self):
-        """Keep scale and shift of the encoder's BatchNorm layers, as in a pretrained encoder."""
-        for module in self.encoder.modules():
-            if isinstance(module, nn.BatchNorm2d):
+    def freeze_normalisation(self, fresh=()):
+        """Keep scale and shift of the encoder's BatchNorm layers, but for those in its children `fresh`."""
+        for name, module in self.encoder.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and name.split(".")[0] not in fresh:
                 module.requires_grad_(False)
 
     def frozen_children(self):

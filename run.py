@@ -7,7 +7,7 @@ python run.py --dataset folder --data-folder my/images --output-folder scratch -
 import math
 import os
 import shlex
-import time
+import statistics
 from pathlib import Path
 
 import torch
@@ -18,11 +18,16 @@ from datasets import open_split
 from utils import checkpoints, console, grids, options, runtime, tracking
 
 ACTIVE = 0.01  # variance over images above which a latent is in use (Burda et al. 2016, section 5.2)
+UNITS = {"patchy": "parts", "vae": "latents"}  # what can be in use
 SHOWN = 12  # images in the pictures of every epoch
 # Options that a resumed run may change: they do not touch its figures.
 FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "no_cuda")
 FREE += ("num_epochs", "save_interval", "save_minutes")
+# Options that --evaluate takes from the model file, as the training had them, unless they are given.
+TESTED_WITH = ("dataset", "data_folder", "batch_size", "beta_a", "beta_v", "recon_mask")
 CONTENTS = ("model.pt", "checkpoints", "logs", "images", "metrics.jsonl", "args.json")  # of the output folder
+
+
 def build_parser():
     parser = console.Parser(description=__doc__)
     options.add_data_options(parser)
@@ -89,7 +94,7 @@ def build_parser():
     )
     output.add_argument(
         "--resume", nargs="?", const="", metavar="PATH",
-        help="go on from a checkpoint, or a folder's newest whole one (default: the output folder's), with its options",
+        help="go on with the run of this folder or checkpoint (default: the output folder), with its options",
     )
     output.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
     output.add_argument(
@@ -115,24 +120,40 @@ def parse(argv):
     """The checked options, the content of the model file they name, and of the checkpoint to go on from (or None)."""
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
+    args.typed = {name: getattr(args, name) for name in given}
     if args.resume is not None:
-        path = args.resume or os.path.join(args.output_folder, "checkpoints")
-        checkpoint = checkpoints.resume(path, checkpoints.TRAINING)
-        options.take_over(args, given, checkpoint["args"], FREE)
-        return args, None, checkpoint
+        return args, None, find_checkpoint(args, given)
     if args.evaluate and args.pretrained is None:
         args.pretrained = os.path.join(args.output_folder, "model.pt")
     file = checkpoints.load(args.pretrained, checkpoints.MODEL) if args.pretrained else None
+    if args.evaluate:
+        for name in TESTED_WITH:
+            if name not in given:
+                setattr(args, name, file["args"][name])
     if file:
         options.follow_file(args, given, file["options"], args.pretrained)
     options.complete(args, given)
     args.py = prior(args)
-    args.batch_size = min(args.batch_size, args.img_per_epoch)
-    if args.batch_size == 1 and args.size == args.scale:
+    if min(args.batch_size, args.img_per_epoch) == 1 and args.size == args.scale and not args.evaluate:
         raise console.UsageError("--batch-size 1 on a grid of one cell leaves nothing to normalise over; use 2 or more")
+    if args.overwrite and args.pretrained == os.path.join(args.output_folder, "model.pt"):
+        raise console.UsageError(f"--overwrite would delete {args.pretrained} first; give another --output-folder")
     if args.min_temp > args.temp:
         raise console.UsageError(f"--min-temp {args.min_temp:g} is above --temp {args.temp:g}; swap them or drop one")
     return args, file, None
+
+
+def find_checkpoint(args, given):
+    """The content of the checkpoint that --resume means; `args` follows it."""
+    place = Path(args.resume or args.output_folder)
+    if place.is_file():
+        checkpoint, folder = checkpoints.load(place, checkpoints.TRAINING), place.resolve().parent.parent
+    else:
+        folder = place.parent if place.name == "checkpoints" else place
+        checkpoint = checkpoints.newest(str(folder / "checkpoints"), checkpoints.TRAINING)
+    options.own_folder(args, given, str(folder))
+    options.follow_run(args, given, checkpoint["args"], FREE)
+    return checkpoint
 
 
 def prior(args):
@@ -168,16 +189,18 @@ def main(argv=None):
 def fit(args, described, model, train, test, folder, checkpoint=None):
     """The whole training. Returns the best test figures."""
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
-    steps_per_epoch = math.ceil(args.img_per_epoch / args.batch_size)
+    batch_size = min(args.batch_size, args.img_per_epoch)
+    steps_per_epoch = math.ceil(args.img_per_epoch / batch_size)
     last_step = args.num_epochs * steps_per_epoch
     # Order, mirroring and noise are functions of (seed, step): the step is all that has to be remembered of them.
     progress = Progress(steps_per_epoch)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         progress.restore(checkpoint["progress"])
-    stream = train.training(args.batch_size, args.seed, progress.step + 1, last_step)
+        checkpoints.drop_later(folder / "checkpoints", progress.step)
+    stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
     bar = tqdm(stream, "steps", last_step, initial=progress.step, leave=False, disable=None)
-    clock = runtime.Clock(args.save_minutes * 60)
+    since_save = runtime.Stopwatch()
     with tracking.Tracker(folder, step=progress.step) as tracker, runtime.StopRequest() as stop:
         for x, _ in bar:  # B×C×H×W
             progress.step += 1
@@ -187,15 +210,17 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
             if progress.epoch_ends:
                 finish_epoch(args, described, model, test, progress, tracker)
             regular = progress.epoch_ends and progress.epoch % args.save_interval == 0
-            if regular or progress.step == last_step or stop.requested or clock.rings():
+            if regular or progress.step == last_step or stop.requested or since_save.seconds > args.save_minutes * 60:
+                progress.window_means.read()  # stops the run before it would save what is no number
                 content = {"kind": checkpoints.TRAINING, "args": vars(args), "progress": progress.state()}
                 content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 checkpoints.save_numbered(folder / "checkpoints", progress.step, content)
+                since_save.restart()
             stop.obey(f"stopped and saved after step {progress.step}; --resume goes on from there")
         best = progress.best
         tracker.event("end", **best)
         tracker.options(vars(args), {f"best/{name}": value for name, value in best.items()})
-    say_farewell(args, progress.first, best, folder, train.source.labels is not None)
+    say_farewell(args, progress.first, best, folder, train.source)
     return best
 
 
@@ -206,7 +231,7 @@ class Progress:
         self.steps_per_epoch = steps_per_epoch
         self.step, self.first, self.best = 0, None, None  # steps done; test figures of the first and of the best epoch
         self.epoch_means, self.window_means = tracking.Means(), tracking.Means()
-        self.epoch_started = self.window_started = time.perf_counter()
+        self.watch, self.speeds = runtime.Stopwatch(), []  # of the window, and of the windows of the epoch
 
     @property
     def epoch(self):
@@ -239,6 +264,7 @@ def train_step(args, model, optimizer, x, progress):
     terms["total"].mean().backward()
     optimizer.step()
     progress.window_means.add(terms)
+    progress.watch.images += len(x)
 
 
 def loss(args, x, output):
@@ -259,7 +285,7 @@ def evaluate(args, model, test):
         moments = moments + torch.stack([latents.sum(0), latents.square().sum(0)])
     mean, mean_square = moments / len(test)
     active = (mean_square - mean.square()).amax(dim=1) > ACTIVE
-    return {**means.read(), "parts_in_use": int(active.sum())}
+    return {**means.read(), f"{UNITS[args.arch]}_in_use": int(active.sum())}
 
 
 def posterior_means(posterior):
@@ -271,44 +297,47 @@ def posterior_means(posterior):
 
 def log_training(args, progress, tracker):
     """The means since the last call, in metrics.jsonl and TensorBoard."""
-    now, means = time.perf_counter(), progress.window_means.read()
+    means = progress.window_means.read()
+    progress.speeds.append(progress.watch.images / progress.watch.seconds)
     state = {
         "temperature": modules.temperature_at(progress.step, args.temp, args.anneal, args.min_temp),
         "learning_rate": args.lr,
-        "images_per_second": progress.window_means.images / (now - progress.window_started),
+        "images_per_second": progress.speeds[-1],
     }
     tracker.event("train", epoch=progress.epoch, step=progress.step, **means, **state)
     tracker.scalars(progress.step, {**{f"loss/train/{name}": value for name, value in means.items()}, **state})
     progress.epoch_means.take(progress.window_means)
-    progress.window_means, progress.window_started = tracking.Means(), now
+    progress.window_means = tracking.Means()
+    progress.watch.restart()
 
 
 def finish_epoch(args, described, model, test, progress, tracker):
     """Test, report, keep the best model, draw."""
-    train_terms, train_seconds = progress.epoch_means.read(), time.perf_counter() - progress.epoch_started
+    train_terms = progress.epoch_means.read()
     figures = evaluate(args, model, test)
     progress.first = progress.first or figures
     if progress.best is None or figures["total"] < progress.best["total"]:
         progress.best = {**figures, "epoch": progress.epoch}
-        content = {"options": described, "model": model.state_dict(), "epoch": progress.epoch, "test": figures}
+        content = {"options": described, "args": vars(args), "epoch": progress.epoch, "test": figures}
+        content["model"] = model.state_dict()
         checkpoints.save(tracker.folder / "model.pt", {"kind": checkpoints.MODEL, **content})
-    terms = {name: value for name, value in figures.items() if name != "parts_in_use"}
     tracker.event("test", epoch=progress.epoch, step=progress.step, **figures, train_mean=train_terms)
-    tracker.scalars(progress.step, {f"loss/test/{name}": value for name, value in terms.items()})
-    tracker.scalars(progress.step, {"parts_in_use": figures["parts_in_use"]})
+    tags = {name: name if name.endswith("_in_use") else f"loss/test/{name}" for name in figures}
+    tracker.scalars(progress.step, {tags[name]: value for name, value in figures.items()})
     for name, picture in draw_pictures(args, model, test).items():
         tracker.picture(name, progress.step, picture, f"images/{name}_epoch_{progress.epoch:03d}.png")
-    speed = progress.epoch_means.images / train_seconds
+    speed = statistics.harmonic_mean(progress.speeds)
     tqdm.write(
         f"epoch {progress.epoch}/{args.num_epochs}  train {in_words(train_terms)}  test {in_words(figures)}  "
         f"{in_use(args, figures)}  {speed:.0f} images/s"
     )
-    progress.epoch_means, progress.epoch_started = tracking.Means(), time.perf_counter()
+    progress.epoch_means, progress.speeds = tracking.Means(), []
+    progress.watch.restart()
 
 
 def in_words(terms):
     """The raw terms and their total in a line."""
-    shown = {name: value for name, value in terms.items() if name != "parts_in_use" and not name.endswith("_weighted")}
+    shown = {name: value for name, value in terms.items() if not name.endswith(("_in_use", "_weighted"))}
     return " ".join(f"{name} {value:.1f}" for name, value in shown.items())
 
 
@@ -322,8 +351,9 @@ def bottleneck(args):
 
 def in_use(args, figures):
     """How much of the bottleneck says something about the image, in words."""
-    total, what = (args.num_parts * args.hidden_size, "latents") if args.arch == "vae" else (args.num_parts, "parts")
-    return f"{figures['parts_in_use']} of {total} {what} in use"
+    unit = UNITS[args.arch]
+    total = args.num_parts * (args.hidden_size if unit == "latents" else 1)
+    return f"{figures[f'{unit}_in_use']} of {total} {unit} in use"
 
 
 @torch.no_grad()
@@ -354,16 +384,16 @@ def evaluate_only(args, model, test):
     return figures
 
 
-def say_farewell(args, first, best, folder, labelled):
-    """What was learned, and what to do next; `labelled`: the images have classes to recognise."""
+def say_farewell(args, first, best, folder, source):
+    """What was learned, and what to do next with the images of `source`."""
     place = shlex.quote(tracking.relative(folder))
     fall = f"{first['recon']:.1f} after epoch 1, {best['recon']:.1f} in the best epoch, {best['epoch']}"
     print(f"reconstruction error on test images: {fall}")
     print(f"{in_use(args, best)}; the model is {place}/model.pt, the pictures are in {place}/images")
     print(f"next: tensorboard --logdir {place}/logs")
-    if labelled:
+    if source.labels is not None and len(source.classes) > 1:
         data = f"--dataset {args.dataset} --data-folder {shlex.quote(args.data_folder)}"
-        encoder = f"--arch {args.arch} --pretrained {place}/model.pt --freeze -1 --epochs 10"
+        encoder = f"--arch {args.arch} --pretrained {place}/model.pt --freeze -1 --epochs 10 --lr 0.01"
         print(f"      python classifier.py {data} {encoder} --output-folder {place}")
 
 

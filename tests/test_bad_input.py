@@ -70,6 +70,10 @@ BAD_INPUT = [
     ("--arch vae --hard", 2, ["--hard", "--arch vae"]),
     ("--arch vae --py 0.1", 2, ["--py", "--arch vae"]),
     ("--output-folder {place}/finished", 2, ["already holds a run", "--overwrite"]),
+    ("--output-folder {place}/finished --overwrite --pretrained {place}/finished/model.pt", 2, ["--overwrite would"]),
+    ("--output-folder {place}/finished --overwrite --resume", 2, ["--overwrite", "--resume"]),
+    ("--resume {place}/finished --output-folder {place}/empty", 2, ["--resume", "own folder"]),
+    ("--resume --output-folder {place}/empty", 1, ["no checkpoint", "--overwrite"]),
     ("--output-folder {place}/a_file", 2, ["--output-folder", "is a file"]),
     ("--output-folder {place}/a_file/below", 1, ["a_file"]),
     ("--output-folder /proc/nowhere", 1, ["/proc/nowhere"]),
@@ -100,14 +104,18 @@ BAD_INPUT = [
 def test_bad_input_is_one_line(options, status, words, place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py"])
     arguments = ["--output-folder", str(tmp_path / "out"), *MODEL_OPTIONS, *options.format(place=place).split()]
-    before = sorted((place / "finished").rglob("*"))
+    before = contents(place / "finished")
     with pytest.raises(SystemExit) as left:
         console.run(lambda: run.main(arguments))
     line = capsys.readouterr().err
     assert left.value.code == status
     assert line.startswith("run.py: error: ") and line.count("\n") == 1 and line.endswith("\n")
     assert all(word in line for word in words), line
-    assert sorted((place / "finished").rglob("*")) == before
+    assert contents(place / "finished") == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def test_the_real_process_behaves_alike(place):

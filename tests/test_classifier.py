@@ -212,8 +212,7 @@ def test_resumed_equals_uninterrupted(finished, tmp_path):
     states = [
         checkpoints.load(tmp_path / name / "checkpoint.pt", checkpoints.CLASSIFIER) for name in ("whole", "parts")
     ]
-    for part in ("model",):
-        assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[0][part])
+    assert all(torch.equal(states[0]["model"][name], states[1]["model"][name]) for name in states[0]["model"])
     lines = [
         [line for line in (tmp_path / name / "classifier.jsonl").read_text().splitlines() if '"train"' in line[:20]]
         for name in ("whole", "parts")
@@ -322,7 +321,8 @@ def place(tmp_path_factory, finished, judged):
     place = tmp_path_factory.mktemp("wrong")
     for number in range(4):
         paint(place / "flat" / f"{number}.png")
-    for path, name in ((finished[0] / "model.pt", "model.pt"), (judged[0] / "best.pt", "best.pt")):
+    best = judged[0] / "best.pt"
+    for path, name in ((finished[0] / "model.pt", "model.pt"), (best, "best.pt"), (best, "checkpoint.pt")):
         (place / name).write_bytes(path.read_bytes())
     (place / "judged").mkdir()
     (place / "judged" / "results.json").write_text("{}")
@@ -343,6 +343,11 @@ BAD_INPUT = [
     ("--arch patchy --linear", 2, ["--linear", "--pretrained"]),
     ("--arch patchy --random-init --freeze 9", 2, ["--freeze 9", "child number 6", "layer2"]),
     ("--arch patchy --random-init --freeze conv1-5", 2, ["--freeze conv1-5", "layer2"]),
+    ("--arch resnet18 -b 1", 2, ["--batch-size 1"]),
+    ("--arch resnet18 --scale 8", 2, ["--scale 8", "32"]),
+    ("--arch resnet18 --encoder-arch pyramid", 2, ["--encoder-arch pyramid", "--arch resnet18"]),
+    ("--resume --overwrite --output-folder {place}", 2, ["--overwrite", "--resume"]),
+    ("--resume {place}/checkpoint.pt --output-folder {place}/judged", 2, ["--resume", "--output-folder"]),
     ("--arch resnet18 --label-fraction 0.001", 2, ["--label-fraction 0.001", "or more"]),
     ("--arch resnet18 --label-fraction 1.5", 2, ["--label-fraction"]),
     ("--arch resnet18 --start-epoch 2", 2, ["--start-epoch 2", "--epochs 2"]),
@@ -353,8 +358,8 @@ BAD_INPUT = [
     ("--arch patchy --pretrained {place}/decoder.pt", 1, ["decoder.pt", "none of its encoder"]),
     ("--arch alexnet --pretrained {place}/model.pt", 1, ["model.pt", "--arch"]),
     ("--resume {place}/model.pt", 1, ["model.pt", "expected a checkpoint of classifier.py"]),
-    ("--resume {place}/seven.pt", 1, ["7 classes", "10"]),
-    ("--resume {place}/best.pt --lr 0.7", 2, ["--lr 0.7 (file: 0.01)"]),
+    ("--resume {place}/seven.pt --output-folder {place}", 1, ["7 classes", "10"]),
+    ("--resume {place}/best.pt --lr 0.7 --output-folder {place}", 2, ["--lr 0.7 (file: 0.01)"]),
     ("--evaluate", 1, ["best.pt", "no such file"]),
     ("--arch resnet18 --dataset folder --data-folder {place}/flat", 1, ["flat", "train/CLASS/*"]),
     ("--arch resnet18 --dataset folder --data-folder {place}/strange", 1, ["cow", "no training images"]),

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,9 +123,18 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, tmp_pat
     for name in ("step_000000008.pt", "step_000000012.pt"):
         content = (uninterrupted / "checkpoints" / name).read_bytes()
         (tmp_path / name).write_bytes(content if "8" in name else content[:-100])
-    assert checkpoints.resume(tmp_path, checkpoints.TRAINING)["progress"]["step"] == 8
+    assert checkpoints.newest(str(tmp_path), checkpoints.TRAINING)["progress"]["step"] == 8
     warning = capsys.readouterr().err
     assert "step_000000012.pt" in warning and "the one before" in warning and warning.count("\n") == 1
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_in_its_own_folder(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    older = tmp_path / "run/checkpoints/step_000000004.pt"
+    run.main(["--resume", str(older), "--num-epochs", "2"])
+    assert [path.name for path in sorted(older.parent.iterdir())] == ["step_000000004.pt", "step_000000008.pt"]
+    run.main([*OPTIONS, "--resume", "--output-folder", str(tmp_path / "run")])  # the first command again
+    assert_same(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.parametrize("force", [None, "1"])

@@ -1,5 +1,6 @@
 """Files of plain values and tensors that are complete or absent, and never run code when they are read."""
 
+import glob
 import os
 import pickle
 import sys
@@ -49,25 +50,33 @@ def save_numbered(folder, step, content):
     """Save `content` as `folder`/step_STEP.pt and remove all but the newest KEPT of their kind."""
     os.makedirs(folder, exist_ok=True)
     save(os.path.join(folder, f"step_{step:09d}.pt"), content)
-    for name in sorted(name for name in os.listdir(folder) if name.startswith("step_") and name.endswith(".pt"))[
-        :-KEPT
-    ]:
-        os.remove(os.path.join(folder, name))
+    for path in numbered(folder)[:-KEPT]:
+        os.remove(path)
 
 
-def resume(path, kind):
-    """The content of the checkpoint at `path`, or of the newest in the folder `path` that is whole."""
-    if not os.path.isdir(path):
-        return load(path, kind)
-    for name in sorted((name for name in os.listdir(path) if name.endswith(".pt")), reverse=True):
+def numbered(folder):
+    """The paths of the numbered checkpoints in `folder`, oldest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "step_*.pt")))
+
+
+def drop_later(folder, step):
+    """Remove the checkpoints after `step`: the run goes on from there, and they belong to what it does no more."""
+    for path in numbered(folder):
+        if path > os.path.join(folder, f"step_{step:09d}.pt"):
+            os.remove(path)
+
+
+def newest(folder, kind):
+    """The content of the newest checkpoint in `folder` that is whole. Raises RunError if there is none."""
+    for path in reversed(numbered(folder)):
         try:
-            return load(os.path.join(path, name), kind)
+            return load(path, kind)
         except RunError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
-    raise RunError(f"{path}: no checkpoint in it that could be resumed; start without --resume")
+    raise RunError(f"{folder}: no checkpoint in it to go on from; start without --resume, or anew with --overwrite")
 
 
-def load(path, kind, device="cpu"):
+def load(path, kind):
     """The content that was saved to `path` as {"kind": kind, …}. Raises RunError with the reason otherwise."""
     if not os.path.isfile(path):
         raise RunError(f"{path}: no such file; train a model first, or give the path of one")
@@ -76,7 +85,7 @@ def load(path, kind, device="cpu"):
             damaged = archive.testzip()  # compares every part with its checksum
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path}: not a file that this program wrote, or damaged ({reason})") from None

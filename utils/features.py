@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from utils.batches import TrainingOrder, flips
 from utils.cache import free_memory
+from utils.console import RunError
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of the linear probe, weakest features last
 NEIGHBOURS = 20
@@ -77,6 +78,8 @@ def linear_probe(train_features, train_labels, test_features, classes, seed):
     counts = np.bincount(train_labels)
     stratify = train_labels if counts[counts > 0].min() > 1 and len(x) >= 10 * (counts > 0).sum() else None
     fit_part, held_part = train_test_split(np.arange(len(x)), test_size=0.1, random_state=seed, stratify=stratify)
+    if len(np.unique(train_labels[fit_part])) < 2:
+        raise RunError("too few labelled images for --linear: two classes need two images each; raise --label-fraction")
     accuracy = {}
     for strength in STRENGTHS:
         probe = _fit_logistic(strength, x[fit_part], train_labels[fit_part])

@@ -4,7 +4,7 @@ import math
 import os
 
 from datasets import DATA_SETS, normalisation
-from modules import ENCODERS, FIXED_STRIDE
+from modules import ARCHS, ENCODERS, FIXED_STRIDE
 from utils import batches, cache
 from utils.console import RunError, UsageError, whole
 
@@ -13,7 +13,7 @@ SCALES = {"resnet": (4, 8, 16, 32), "pyramid": (2, 4, 8, 16, 32, 64)}
 # What a model file knows of itself; where the command line says otherwise, it contradicts the file.
 DESCRIBED = ("arch", "encoder_arch", "decoder_arch", "size", "inet", "ngf", "independent", "scale", "num_parts")
 DESCRIBED += ("hidden_size", "py", "categorical", "hard")
-NEVER_SAVED = ("output_folder", "overwrite", "resume", "evaluate")  # what a command does now, whatever it resumes
+NEVER_SAVED = ("output_folder", "overwrite", "resume", "evaluate")  # what a command does now, whatever it goes on with
 PARTS_ONLY = ("categorical", "hard", "independent", "py")
 
 
@@ -105,7 +105,7 @@ def complete(args, given):
     scales = SCALES.get(args.encoder_arch, (FIXED_STRIDE.get(args.encoder_arch),))
     if args.scale not in scales:
         raise UsageError(f"--scale {args.scale} with --encoder-arch {args.encoder_arch}: use {_either(scales)}")
-    if args.size % args.scale:
+    if args.size % args.scale and args.arch in ARCHS:  # whole networks average whatever map they get
         near = max(args.scale, round(args.size / args.scale) * args.scale)
         raise UsageError(f"--size {args.size} is not a multiple of --scale {args.scale}; use --size {near}")
     if args.arch == "vae":
@@ -161,18 +161,28 @@ def follow_file(args, given, described, path, free=()):
 
 
 
-def take_over(args, given, saved, free):
-    """Let `args` follow the options `saved` that a checkpoint was trained with; those in `free` may be given anew.
+def follow_run(args, given, saved, free):
+    """Let `args` follow the options `saved` of the run that goes on; those in `free` may be given anew.
 
     Raises UsageError with all differences where another option on the command line says otherwise.
     """
-    fixed = [name for name in saved if name in given and name not in (*free, *NEVER_SAVED)]
-    names = [name for name in fixed if getattr(args, name) != saved[name]]
+    if args.overwrite:
+        raise UsageError("--overwrite and --resume exclude each other: replace the run or go on with it")
+    known = {**saved, **saved["typed"]}  # the same command as before, with --resume, contradicts nothing
+    fixed = [name for name in known if name in given and name not in (*free, *NEVER_SAVED)]
+    names = [name for name in fixed if getattr(args, name) != known[name]]
     if names:
-        raise UsageError(f"the options contradict the checkpoint: {_differences(args, names, saved)}; drop them")
+        raise UsageError(f"the options contradict the run: {_differences(args, names, known)}; drop them")
     for name, value in saved.items():
         if name not in NEVER_SAVED and not (name in free and name in given):
             setattr(args, name, value)
+
+
+def own_folder(args, given, folder):
+    """Make `folder`, where the run that goes on lies, the output folder. Raises UsageError if another one was given."""
+    if "output_folder" in given and os.path.realpath(args.output_folder) != os.path.realpath(folder):
+        raise UsageError(f"--resume goes on in the run's own folder, {folder}; leave out --output-folder")
+    args.output_folder = folder
 
 
 def _differences(args, names, file):

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -37,7 +38,7 @@ def seed_step(seed, step):
 def record():
     """What else a result depends on: a dict of str."""
     libraries = {name: version(name) for name in ("torchvision", "numpy", "Pillow", "scikit-learn")}
-    command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     return {"command": command, "python": platform.python_version(), "torch": torch.__version__, **libraries}
 
 
@@ -72,14 +73,15 @@ class StopRequest:
         self.requested = number
 
 
-class Clock:
-    """Rings when `seconds` have passed since it was made or last rang."""
+class Stopwatch:
+    """Counts images and the seconds that they took."""
 
-    def __init__(self, seconds):
-        self.seconds, self.since = seconds, time.monotonic()
+    def __init__(self):
+        self.restart()
 
-    def rings(self):
-        if time.monotonic() - self.since < self.seconds:
-            return False
-        self.since = time.monotonic()
-        return True
+    def restart(self):
+        self.started, self.images = time.perf_counter(), 0
+
+    @property
+    def seconds(self):
+        return time.perf_counter() - self.started

@@ -92,7 +92,7 @@ class Means:
         means = {name: float(value) / self.images for name, value in self.sums.items()}
         for name, value in means.items():
             if not math.isfinite(value):
-                raise RunError(f"the loss is no finite number any more ({name}: {value}); use a smaller --lr")
+                raise RunError(f"the loss is no finite number ({name}: {value}); start again with a smaller --lr")
         return means
 
 
@@ -133,7 +133,7 @@ class Tracker:
 
     def options(self, options, result):
         """Send the run's options and its final figures to TensorBoard's hparams."""
-        plain = {name: "" if value is None else value for name, value in options.items()}
+        plain = {name: "" if value is None else value for name, value in options.items() if not isinstance(value, dict)}
         for summary in hparams(plain, result):  # three records; add_hparams would open a folder of its own
             self.board.file_writer.add_summary(summary)
         for name, value in result.items():
