@@ -26,15 +26,8 @@ PROTOCOL = ("arch", "encoder_arch", "scale", "pretrained", "random_init", "freez
 PROTOCOL += ("epochs", "step", "lr", "momentum", "wd", "batch_size")  # what results.json says of how it was measured
 # Options that a resumed run may change: they do not touch its figures.
 FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "print_freq", "no_cuda", "gpu")
-CONTENTS = (
-    "checkpoint.pt",
-    "best.pt",
-    "classifier.jsonl",
-    "logs_classifier",
-    "results.json",
-    "per_class.csv",
-    "confusion.png",
-)
+CONTENTS = ("classifier_args.json", "checkpoint.pt", "best.pt", "classifier.jsonl", "logs_classifier")
+CONTENTS += ("results.json", "per_class.csv", "confusion.png")  # of the output folder
 
 
 def build_parser():
@@ -206,6 +199,7 @@ def main(argv=None):
         print(f"test  {in_words(figures)}")
         return figures
     folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
+    tracking.write_json(folder / "classifier_args.json", {**vars(args), **runtime.record()})
     if args.linear or args.knn:
         results, scores, labels = probe(args, model, train, test)
     else:

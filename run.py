@@ -25,7 +25,7 @@ FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "no_
 FREE += ("num_epochs", "save_interval", "save_minutes")
 # Options that --evaluate takes from the model file, as the training had them, unless they are given.
 TESTED_WITH = ("dataset", "data_folder", "batch_size", "beta_a", "beta_v", "recon_mask")
-CONTENTS = ("model.pt", "checkpoints", "logs", "images", "metrics.jsonl", "args.json")  # of the output folder
+CONTENTS = ("args.json", "model.pt", "checkpoints", "logs", "images", "metrics.jsonl")  # of the output folder
 
 
 def build_parser():

@@ -26,6 +26,7 @@ def place(tmp_path_factory, finished):
     (place / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (place / "a_file").write_text("text")
     (place / "empty").mkdir()
+    paint(place / "mine" / "images" / "holiday.png")
     paint(place / "single" / "one.png")
     paint_classes(place / "broken", images=4)
     (place / "broken/ant/2.jpg").write_bytes(b"GIF89a but not really")
@@ -74,6 +75,7 @@ BAD_INPUT = [
     ("--output-folder {place}/finished --overwrite --resume", 2, ["--overwrite", "--resume"]),
     ("--resume {place}/finished --output-folder {place}/empty", 2, ["--resume", "own folder"]),
     ("--resume --output-folder {place}/empty", 1, ["no checkpoint", "--overwrite"]),
+    ("--output-folder {place}/mine --overwrite", 2, ["mine holds images", "no run made"]),
     ("--output-folder {place}/a_file", 2, ["--output-folder", "is a file"]),
     ("--output-folder {place}/a_file/below", 1, ["a_file"]),
     ("--output-folder /proc/nowhere", 1, ["/proc/nowhere"]),

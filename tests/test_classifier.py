@@ -325,7 +325,7 @@ def place(tmp_path_factory, finished, judged):
     for path, name in ((finished[0] / "model.pt", "model.pt"), (best, "best.pt"), (best, "checkpoint.pt")):
         (place / name).write_bytes(path.read_bytes())
     (place / "judged").mkdir()
-    (place / "judged" / "results.json").write_text("{}")
+    (place / "judged" / "classifier_args.json").write_text("{}")
     paint_classes(place / "strange" / "train", ("ant", "bee"), images=2)
     paint_classes(place / "strange" / "val", ("ant", "cow"), images=2)
     other = checkpoints.load(place / "best.pt", checkpoints.CLASSIFIER)

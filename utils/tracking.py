@@ -18,15 +18,17 @@ from utils.console import RunError, UsageError
 
 
 def prepare_folder(folder, contents, overwrite=False, keep=False):
-    """Make `folder` ready for a new run that will write `contents`, a tuple of names.
+    """Make `folder` ready for a new run that will write `contents`, a tuple of names; the first tells that it is a run.
 
-    A folder that holds one of them is refused, cleared of them (`overwrite`), or used as it is (`keep`, to go on).
-    Nothing else in it is touched. From here to its end, this process is the only one that may write into it.
+    A folder that holds a run is refused, cleared of it (`overwrite`), or used as it is (`keep`, to go on). Nothing else
+    in it is touched. From here to its end, this process is the only one that may write into it.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-folder {folder} is a file; give the name of a folder")
     found = [folder / name for name in contents if (folder / name).exists() and not keep]
+    if found and not (folder / contents[0]).exists():
+        raise UsageError(f"--output-folder {folder} holds {found[0].name}, which no run made; choose another folder")
     if found and not overwrite:
         raise UsageError(
             f"--output-folder {folder} already holds a run ({found[0].name}); choose another folder, or give "
@@ -36,11 +38,9 @@ def prepare_folder(folder, contents, overwrite=False, keep=False):
     _claim(folder)
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for leftover in (
-        *folder.glob(f"*{checkpoints.UNFINISHED}"),
-        *folder.glob(f"checkpoints/*{checkpoints.UNFINISHED}"),
-    ):
-        leftover.unlink()
+    for place in (folder, folder / "checkpoints"):
+        for leftover in place.glob(f"*{checkpoints.UNFINISHED}"):
+            leftover.unlink()
     return folder
 
 
