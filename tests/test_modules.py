@@ -73,11 +73,12 @@ def test_kl_bernoulli_is_stable_at_certainty(logit, expected):
     assert kl.item() == pytest.approx(expected, rel=1e-5) and torch.isfinite(logits.grad).all()
 
 
-def test_kl_bernoulli_has_the_exact_gradient_also_where_q_is_nearly_one():
-    logits = torch.tensor([[20.0]], requires_grad=True)
+@pytest.mark.parametrize("logit", [-9.0, 0.5, 9.0])
+def test_kl_bernoulli_has_the_exact_gradient_also_near_certainty(logit):
+    logits = torch.tensor([[logit]], requires_grad=True)
     modules.kl_bernoulli(logits, 0.1).sum().backward()
-    q = 1 / (1 + math.exp(-20))
-    exact = q * (1 - q) * (20 - math.log(0.1 / 0.9))  # q' (logit q - logit p)
+    q = 1 / (1 + math.exp(-logit))
+    exact = q * (1 - q) * (logit - math.log(0.1 / 0.9))  # dq/dlogit · (logit of q - logit of p)
     assert logits.grad.item() == pytest.approx(exact, rel=1e-3)
 
 

@@ -80,23 +80,23 @@ def linear_probe(train_features, train_labels, test_features, classes, seed):
     fit_part, held_part = train_test_split(np.arange(len(x)), test_size=0.1, random_state=seed, stratify=stratify)
     if len(np.unique(train_labels[fit_part])) < 2:
         raise RunError("too few labelled images for --linear: two classes need two images each; raise --label-fraction")
-    accuracy = {}
+    accuracy, probe = {}, LogisticRegression(max_iter=200, warm_start=True)  # each strength starts from the one before
     for strength in STRENGTHS:
-        probe = _fit_logistic(strength, x[fit_part], train_labels[fit_part])
+        _fit(probe, strength, x[fit_part], train_labels[fit_part])
         accuracy[strength] = probe.score(x[held_part], train_labels[held_part])
     strength = max(accuracy, key=accuracy.get)
-    probe = _fit_logistic(strength, x, train_labels)
+    _fit(probe, strength, x, train_labels)
     return spread(probe.decision_function(test_x), probe.classes_, classes), {
         "C": strength,
         "held_out_accuracy": accuracy[strength],
     }
 
 
-def _fit_logistic(strength, x, labels):
+def _fit(probe, strength, x, labels):
     with warnings.catch_warnings():
         # An early stop regularises too, and the held-out tenth judges it like any other setting.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=strength, max_iter=200).fit(x, labels)
+        probe.set_params(C=strength).fit(x, labels)
 
 
 def neighbour_probe(train_features, train_labels, test_features, classes, seed=None):
