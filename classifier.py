@@ -191,9 +191,10 @@ def main(argv=None):
     print(f"{args.dataset}: {images}, {args.size} px, {where}")
     if checkpoint:
         restore(model, checkpoint)
-    load = file and not args.random_init
-    fresh = load_encoder(model, file["model"], args.pretrained) if load else []
-    prepare_layers(args, model, fresh)
+    else:
+        load = file and not args.random_init
+        args.fresh = load_encoder(model, file["model"], args.pretrained) if load else []  # kept for --resume
+    prepare_layers(args, model)
     if args.evaluate:
         figures, _, _ = evaluate(model, test, args.batch_size)
         print(f"test  {in_words(figures)}")
@@ -272,7 +273,7 @@ def load_encoder(model, weights, path):
     return fresh
 
 
-def prepare_layers(args, model, fresh):
+def prepare_layers(args, model):
     """Freeze what --freeze names; keep BatchNorm's scale and shift where the encoder comes from a file."""
     names = [name for name, _ in model.encoder.named_children()]
     count = args.freeze
@@ -286,14 +287,14 @@ def prepare_layers(args, model, fresh):
             f"--freeze {args.freeze}: this encoder ends with its child number {len(names)} ({', '.join(names)}); "
             "-1 freezes all"
         )
-    random = [name for name in names[:count] if name in fresh]
+    random = [name for name in names[:count] if name in args.fresh]
     if random:
         remedy = "--arch patchy or vae" if args.linear or args.knn else f"--freeze {names.index(random[0])}"
         raise console.UsageError(
             f"{args.pretrained} has no {random[0]} that fits, and it would be frozen with random weights; use {remedy}"
         )
     if args.pretrained and not args.random_init:
-        model.freeze_normalisation(fresh)
+        model.freeze_normalisation(args.fresh)
     model.freeze(count)
     weights = "pretrained" if args.pretrained and not args.random_init else "random"
     frozen = f"{names[0]} to {names[count - 1]}" if count else "nothing"

@@ -136,6 +136,8 @@ def test_a_cut_encoder_fills_the_first_layers_of_resnet18(finished, tmp_path, ca
     ]
     train(tmp_path, *options, "--freeze", "conv1-3")
     assert "fresh: layer3, layer4, head" in capsys.readouterr().out
+    classifier.main(["--resume", "--epochs", "2", "--output-folder", str(tmp_path)])
+    assert json.loads((tmp_path / "results.json").read_text())["last"]["epoch"] == 2
     with pytest.raises(console.UsageError, match="layer3.*--freeze 6"):
         train(tmp_path / "more", *options, "--freeze", "8")
 

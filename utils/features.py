@@ -80,7 +80,7 @@ def linear_probe(train_features, train_labels, test_features, classes, seed):
     fit_part, held_part = train_test_split(np.arange(len(x)), test_size=0.1, random_state=seed, stratify=stratify)
     if len(np.unique(train_labels[fit_part])) < 2:
         raise RunError("too few labelled images for --linear: two classes need two images each; raise --label-fraction")
-    accuracy, probe = {}, LogisticRegression(max_iter=200, warm_start=True)  # each strength starts from the one before
+    accuracy, probe = {}, LogisticRegression(max_iter=100, warm_start=True)  # each strength starts from the one before
     for strength in STRENGTHS:
         _fit(probe, strength, x[fit_part], train_labels[fit_part])
         accuracy[strength] = probe.score(x[held_part], train_labels[held_part])
