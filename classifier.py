@@ -1,7 +1,7 @@
 """Judge an encoder by recognition: train a small head on top of it, frozen or not, or a supervised network.
 
-python classifier.py --dataset shapes --arch patchy --pretrained scratch/model.pt --freeze -1 --epochs 10
-python classifier.py --dataset digits --arch resnet18 --epochs 15 --lr 0.05 --output-folder supervised
+    python classifier.py --dataset shapes --arch patchy --pretrained scratch/model.pt --freeze -1 --epochs 10 --lr 0.01
+    python classifier.py --dataset digits --arch resnet18 --epochs 12 --step 8 --lr 0.02 -b 64 --output-folder supervised
 """
 
 import argparse
@@ -22,8 +22,9 @@ from utils import checkpoints, console, features, grids, options, runtime, track
 
 SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the encoders that run.py trains
 CUTS = ("conv1", "conv1-3", "conv1-5")
-PROTOCOL = ("arch", "encoder_arch", "scale", "pretrained", "random_init", "freeze", "label_fraction")
-PROTOCOL += ("epochs", "step", "lr", "momentum", "wd", "batch_size")  # what results.json says of how it was measured
+# What results.json says of how the figures came about: always, and where a head or a network was trained.
+PROTOCOL = ("arch", "encoder_arch", "scale", "pretrained", "random_init", "label_fraction")
+TRAINED_WITH = ("freeze", "epochs", "step", "lr", "momentum", "wd", "batch_size")
 # Options that a resumed run may change: they do not touch its figures.
 FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "print_freq", "no_cuda", "gpu")
 CONTENTS = ("classifier_args.json", "checkpoint.pt", "best.pt", "classifier.jsonl", "logs_classifier")
@@ -366,7 +367,8 @@ def skip_frozen_encoder(args, model, train, test):
         for batches, mirror in ((train, train.flip), (test, False))
     ]
     seconds = time.perf_counter() - started
-    print(f"every image is encoded ({views} views, {needed / 2**20:.0f} MiB, {seconds:.1f} s): the head trains on that")
+    both = ", plain and mirrored" if views == 2 else ""
+    print(f"every image is encoded{both} ({needed / 2**20:.0f} MiB, {seconds:.1f} s): the head trains on that")
     return model.head, *stored
 
 
@@ -452,7 +454,8 @@ def probe(args, model, train, test):
 
 def write_results(args, folder, frozen, classes, results, scores, labels):
     """results.json, per_class.csv and confusion.png, and the last words on the console."""
-    protocol = {name: getattr(args, name) for name in PROTOCOL} | {"frozen_children": frozen}
+    names = PROTOCOL + (() if args.linear or args.knn else TRAINED_WITH)
+    protocol = {name: getattr(args, name) for name in names} | {"frozen_children": frozen}
     data = {name: getattr(args, name) for name in ("dataset", "data_folder", "size", "inet")}
     content = {
         "protocol": protocol,
@@ -473,7 +476,8 @@ def write_results(args, folder, frozen, classes, results, scores, labels):
         best = results["best"]
         print(f"best (chosen on these test images, so a little flattered): epoch {best['epoch']}  {in_words(best)}")
         print(f"last: epoch {results['last']['epoch']}  {in_words(results['last'])}")
-    print(f"results.json, per_class.csv and confusion.png are in {tracking.relative(folder)}")
+    of = "knn" if args.knn else "linear" if args.linear else "the best epoch"
+    print(f"results.json, and of {of} per_class.csv and confusion.png, are in {tracking.relative(folder)}")
 
 
 def confusion_picture(scores, labels):

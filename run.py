@@ -1,7 +1,7 @@
 """Train PatchVAE, or the beta-VAE that it is compared with, on images without labels.
 
-python run.py --dataset shapes --output-folder scratch --num-epochs 6 --img-per-epoch 6000 --lr 1e-3
-python run.py --dataset folder --data-folder my/images --output-folder scratch --inet
+    python run.py --dataset shapes --num-epochs 8 --img-per-epoch 5000 --lr 1e-3 --scale 4 --beta-v 2
+    python run.py --dataset folder --data-folder my/images --output-folder mine --lr 1e-3 --beta-v 2
 """
 
 import math
@@ -18,6 +18,7 @@ from datasets import open_split
 from utils import checkpoints, console, grids, options, runtime, tracking
 
 ACTIVE = 0.01  # variance over images above which a latent is in use (Burda et al. 2016, section 5.2)
+COUNTS = ("_in_use", "_above_half")  # how the names of figures that count parts end
 UNITS = {"patchy": "parts", "vae": "latents"}  # what can be in use
 SHOWN = 12  # images in the pictures of every epoch
 # Options that a resumed run may change: they do not touch its figures.
@@ -275,17 +276,25 @@ def loss(args, x, output):
 
 @torch.no_grad()
 def evaluate(args, model, test):
-    """Mean loss terms over the test images, each seen once, without sampling, and how many parts are in use."""
+    """Mean loss terms over the test images, each seen once, without sampling, and two counts of parts.
+
+    In use: a latent of the part varies over images. Above half: the part surely occurs in some cell of some image.
+    """
     model.eval()
-    means, moments = tracking.Means(), 0
+    means, moments, surest = tracking.Means(), 0, []
     for x, _ in test.in_order(args.batch_size):
         output = model(x)
         means.add(loss(args, x, output))
+        if output.posterior.occurrence is not None:
+            surest.append(output.posterior.occurrence.amax(dim=(0, 2, 3)))  # of each part
         latents = posterior_means(output.posterior).double()  # B×parts×latents of a part
         moments = moments + torch.stack([latents.sum(0), latents.square().sum(0)])
     mean, mean_square = moments / len(test)
     active = (mean_square - mean.square()).amax(dim=1) > ACTIVE
-    return {**means.read(), f"{UNITS[args.arch]}_in_use": int(active.sum())}
+    figures = {**means.read(), f"{UNITS[args.arch]}_in_use": int(active.sum())}
+    if surest:
+        figures["parts_above_half"] = int((torch.stack(surest).amax(dim=0) > 0.5).sum())
+    return figures
 
 
 def posterior_means(posterior):
@@ -322,23 +331,24 @@ def finish_epoch(args, described, model, test, progress, tracker):
         content["model"] = model.state_dict()
         checkpoints.save(tracker.folder / "model.pt", {"kind": checkpoints.MODEL, **content})
     tracker.event("test", epoch=progress.epoch, step=progress.step, **figures, train_mean=train_terms)
-    tags = {name: name if name.endswith("_in_use") else f"loss/test/{name}" for name in figures}
+    tags = {name: name if name.endswith(COUNTS) else f"loss/test/{name}" for name in figures}
     tracker.scalars(progress.step, {tags[name]: value for name, value in figures.items()})
     for name, picture in draw_pictures(args, model, test).items():
         tracker.picture(name, progress.step, picture, f"images/{name}_epoch_{progress.epoch:03d}.png")
     speed = statistics.harmonic_mean(progress.speeds)
+    losses = f"train {in_words(args, train_terms)}  test {in_words(args, figures)}"
     tqdm.write(
-        f"epoch {progress.epoch}/{args.num_epochs}  train {in_words(train_terms)}  test {in_words(figures)}  "
-        f"{in_use(args, figures)}  {speed:.0f} images/s"
+        f"epoch {progress.epoch}/{args.num_epochs}  {losses}  {in_use(args, figures)}  {speed:.0f} images/s"
     )
     progress.epoch_means, progress.speeds = tracking.Means(), []
     progress.watch.restart()
 
 
-def in_words(terms):
-    """The raw terms and their total in a line."""
-    shown = {name: value for name, value in terms.items() if not name.endswith(("_in_use", "_weighted"))}
-    return " ".join(f"{name} {value:.1f}" for name, value in shown.items())
+def in_words(args, terms):
+    """The raw terms with their weights, and their total, in a line."""
+    weight = {"kl_app": f"{args.beta_a:g}x", "kl_occ": f"{args.beta_v:g}x"}
+    shown = {name: value for name, value in terms.items() if not name.endswith((*COUNTS, "_weighted"))}
+    return " ".join(f"{name} {weight.get(name, '')}{value:.1f}" for name, value in shown.items())
 
 
 def bottleneck(args):
@@ -353,7 +363,8 @@ def in_use(args, figures):
     """How much of the bottleneck says something about the image, in words."""
     unit = UNITS[args.arch]
     total = args.num_parts * (args.hidden_size if unit == "latents" else 1)
-    return f"{figures[f'{unit}_in_use']} of {total} {unit} in use"
+    sure = f", {figures['parts_above_half']} above one half" if "parts_above_half" in figures else ""
+    return f"{figures[f'{unit}_in_use']} of {total} {unit} in use{sure}"
 
 
 @torch.no_grad()
@@ -379,22 +390,24 @@ def evaluate_only(args, model, test):
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in draw_pictures(args, model, test).items():
         picture.save(folder / f"{name}_evaluated.png")
-    print(f"test  {in_words(figures)}  {in_use(args, figures)}")
+    print(f"test  {in_words(args, figures)}  {in_use(args, figures)}")
     print(f"its pictures are in {tracking.relative(folder)}")
     return figures
 
 
 def say_farewell(args, first, best, folder, source):
     """What was learned, and what to do next with the images of `source`."""
-    place = shlex.quote(tracking.relative(folder))
-    fall = f"{first['recon']:.1f} after epoch 1, {best['recon']:.1f} in the best epoch, {best['epoch']}"
-    print(f"reconstruction error on test images: {fall}")
+    place = tracking.relative(folder)
+    before = f"epoch 1: {first['recon']:.1f}, total {first['total']:.1f}"
+    print(f"best epoch {best['epoch']}: reconstruction error {best['recon']:.1f}, total {best['total']:.1f} ({before})")
     print(f"{in_use(args, best)}; the model is {place}/model.pt, the pictures are in {place}/images")
-    print(f"next: tensorboard --logdir {place}/logs")
+    if not best[f"{UNITS[args.arch]}_in_use"]:
+        print("nothing is in use yet: train longer, with a higher --lr such as 1e-3 or a lower --beta-v such as 2")
+    print(f"next: tensorboard --logdir {shlex.quote(place)}/logs")
     if source.labels is not None and len(source.classes) > 1:
         data = f"--dataset {args.dataset} --data-folder {shlex.quote(args.data_folder)}"
-        encoder = f"--arch {args.arch} --pretrained {place}/model.pt --freeze -1 --epochs 10 --lr 0.01"
-        print(f"      python classifier.py {data} {encoder} --output-folder {place}")
+        encoder = f"--arch {args.arch} --pretrained {shlex.quote(place)}/model.pt --freeze -1 --epochs 10 --lr 0.01"
+        print(f"      python classifier.py {data} {encoder} --output-folder {shlex.quote(place)}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_tensorboard_has_every_curve_and_picture(finished):
     board.Reload()
     tags = board.Tags()
     wanted = {f"loss/{split}/{term}" for split in ("train", "test") for term in TERMS}
-    wanted |= {"temperature", "learning_rate", "images_per_second", "parts_in_use", "best/total"}
+    wanted |= {"temperature", "learning_rate", "images_per_second", "parts_in_use", "parts_above_half", "best/total"}
     assert wanted <= set(tags["scalars"])
     assert {"reconstructions", "occurrence", "samples"} <= set(tags["images"])
     assert [event.step for event in board.Scalars("loss/train/recon")] == [1, 2, 3, 4]
@@ -123,9 +123,10 @@ def test_overwrite_replaces_a_run_and_nothing_else(finished, tmp_path):
 
 def test_last_lines_say_what_was_learned_and_what_to_do_next(finished, tmp_path, capsys):
     run.main(["--dataset", "digits", *TINY, "--output-folder", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()[-4:]
-    assert "reconstruction error" in lines[0] and "of 16 parts in use" in lines[1]
-    assert "tensorboard --logdir" in lines[2] and "classifier.py" in lines[3]
+    lines = capsys.readouterr().out.splitlines()
+    learned = next(number for number, line in enumerate(lines) if "reconstruction error" in line)
+    assert "of 16 parts in use" in lines[learned + 1]
+    assert "tensorboard --logdir" in lines[-2] and "classifier.py" in lines[-1]
 
 
 # ------------------------------------------------------------------------------------------------ the seed's commands
