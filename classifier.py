@@ -1,7 +1,7 @@
 """Judge an encoder by recognition: train a small head on top of it, frozen or not, or a supervised network.
 
     python classifier.py --dataset shapes --arch patchy --pretrained scratch/model.pt --freeze -1 --epochs 10 --lr 0.01
-    python classifier.py --dataset digits --arch resnet18 --epochs 12 --step 8 --lr 0.02 -b 64 --output-folder supervised
+    python classifier.py --dataset digits --arch resnet18 --epochs 12 --step 8 --lr 0.02 -b 64 --output-folder digits
 """
 
 import argparse
@@ -344,6 +344,7 @@ def fit(args, model, train, test, folder, checkpoint=None):
             best = last if improved else best
             content = {"kind": checkpoints.CLASSIFIER, "args": vars(args), "classes": scores.shape[1], "epoch": epoch}
             content |= {"best": best, "last": last, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            tracker.flush()
             for name in ("best.pt", "checkpoint.pt") if improved else ("checkpoint.pt",):
                 checkpoints.save(folder / name, content)
         restore(model, checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER))

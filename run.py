@@ -215,6 +215,7 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
                 progress.window_means.read()  # stops the run before it would save what is no number
                 content = {"kind": checkpoints.TRAINING, "args": vars(args), "progress": progress.state()}
                 content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                tracker.flush()
                 checkpoints.save_numbered(folder / "checkpoints", progress.step, content)
                 since_save.restart()
             stop.obey(f"stopped and saved after step {progress.step}; --resume goes on from there")

@@ -125,6 +125,10 @@ class Tracker:
         for tag, value in values.items():
             self.board.add_scalar(tag, value, step)
 
+    def flush(self):
+        """Hand all over to the system: to be called before a checkpoint, which must not know more than the records."""
+        self.board.flush()
+
     def picture(self, tag, step, image, path):
         """Keep a PIL image as the file `path` in the folder and under `tag` in TensorBoard."""
         (self.folder / path).parent.mkdir(exist_ok=True)
