@@ -85,6 +85,7 @@ def run(main):
     An error that is none of the user's doing, a bug of ours, keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     status, line = _outcome(main)  # by now the error's frames are gone, and with them data-loading processes
     if line:
         print(f"{os.path.basename(sys.argv[0])}: {line}".replace("\n", " "), file=sys.stderr)
