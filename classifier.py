@@ -186,10 +186,10 @@ def main(argv=None):
     device = runtime.choose_device(args.no_cuda, args.gpu or 0)
     train, test = open_labelled(args, device)
     torch.manual_seed(args.seed)
-    model = build_model(args, len(train.source.classes)).to(device)
-    classes, where = len(train.source.classes), runtime.describe(device)
-    images = f"{len(train):,} training and {len(test):,} test images of {classes} classes"
-    print(f"{args.dataset}: {images}, {args.size} px, {where}")
+    classes = train.source.classes
+    model = build_model(args, len(classes)).to(device)
+    images = f"{len(train):,} training and {len(test):,} test images of {len(classes)} classes"
+    print(f"{args.dataset}: {images}, {args.size} px, {runtime.describe(device)}")
     if checkpoint:
         restore(model, checkpoint)
     else:
@@ -204,9 +204,10 @@ def main(argv=None):
     tracking.write_json(folder / "classifier_args.json", {**vars(args), **runtime.record()})
     if args.linear or args.knn:
         results, scores, labels = probe(args, model, train, test)
+        confusion_picture(scores, labels).save(folder / "confusion.png")
     else:
         results, scores, labels = fit(args, model, train, test, folder, checkpoint)
-    write_results(args, folder, model.frozen, train.source.classes, results, scores, labels)
+    write_results(args, folder, model.frozen, classes, results, scores, labels)
     return results
 
 
@@ -454,7 +455,7 @@ def probe(args, model, train, test):
 
 
 def write_results(args, folder, frozen, classes, results, scores, labels):
-    """results.json, per_class.csv and confusion.png, and the last words on the console."""
+    """results.json and per_class.csv, and the last words on the console."""
     names = PROTOCOL + (() if args.linear or args.knn else TRAINED_WITH)
     protocol = {name: getattr(args, name) for name in names} | {"frozen_children": frozen}
     data = {name: getattr(args, name) for name in ("dataset", "data_folder", "size", "inet")}
@@ -472,7 +473,6 @@ def write_results(args, folder, frozen, classes, results, scores, labels):
         writer.writerow(["class", "images", "correct", "accuracy"])
         for name, right, count in zip(classes, hits.tolist(), images.tolist()):
             writer.writerow([name, count, right, f"{100 * right / count:.2f}" if count else ""])
-    confusion_picture(scores, labels).save(folder / "confusion.png")
     if "best" in results:
         best = results["best"]
         print(f"best (chosen on these test images, so a little flattered): epoch {best['epoch']}  {in_words(best)}")

@@ -14,7 +14,7 @@ from utils.batches import TrainingOrder, flips
 from utils.cache import free_memory
 from utils.console import RunError
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of the linear probe, weakest features last
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of the linear probe, the strongest first
 NEIGHBOURS = 20
 
 
@@ -39,9 +39,8 @@ class StoredFeatures:
     def __init__(self, model, batches, batch_size, mirror=False):
         model.eval()
         self.device = batches.device
-        plain, self.labels = extract(model.features, batches, batch_size)  # N×F, N
+        self.plain, self.labels = extract(model.features, batches, batch_size)  # N×F, N
         self.mirrored = extract(model.features, batches, batch_size, mirrored=True)[0] if mirror else None
-        self.plain = plain
 
     def __len__(self):
         return len(self.labels)
