@@ -17,17 +17,18 @@ NEVER_SAVED = ("output_folder", "overwrite", "resume", "evaluate")  # what a com
 PARTS_ONLY = ("categorical", "hard", "independent", "py")
 
 
-def add_data_options(parser):
-    """The group `data`."""
+def add_data_options(parser, of_model=False):
+    """The group `data`; `of_model`: the data that the model at hand was trained on are the default, None here."""
+    default = "the model's own" if of_model else "%(default)s"
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--dataset", default="cifar100", choices=DATA_SETS, metavar="NAME",
+        "--dataset", default=None if of_model else "cifar100", choices=DATA_SETS, metavar="NAME",
         help=f"one of {', '.join(DATA_SETS)}. shapes, binshapes, bincircles and digits need no files; folder takes "
-        "your own images (default: %(default)s)",
+        f"your own images (default: {default})",
     )
     group.add_argument(
-        "--data-folder", default="./data", metavar="DIR",
-        help="where its files lie or are downloaded to; README lists the layouts (default: %(default)s)",
+        "--data-folder", default=None if of_model else "./data", metavar="DIR",
+        help=f"where its files lie or are downloaded to; README lists the layouts (default: {default})",
     )
     group.add_argument(
         "--size", type=whole(2), metavar="PIXELS",

@@ -1,0 +1,38 @@
+"""A model that run.py trained, opened to be looked at, with the images to look at it on: how every tool begins."""
+
+import modules
+from datasets import open_split
+from utils import checkpoints, options, runtime
+
+
+def add_options(parser):
+    """The options --pretrained and --no-cuda, and the group `data`, which the model's own training answers."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--pretrained", required=True, metavar="FILE", help="a model.pt of run.py, such as scratch/model.pt"
+    )
+    group.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
+    options.add_data_options(parser, of_model=True)
+
+
+def open_model(args, given):
+    """The trained model, in evaluation mode on its device, and that device. `args` takes over what the file knows.
+
+    `given`: the options that the user typed (console.Parser.given). Raises UsageError where they contradict the file,
+    RunError where it is missing or damaged.
+    """
+    file = checkpoints.load(args.pretrained, checkpoints.MODEL)
+    for name in ("dataset", "data_folder"):
+        if name not in given:
+            setattr(args, name, file["args"][name])
+    options.follow_file(args, given, file["options"], args.pretrained)
+    device = runtime.choose_device(args.no_cuda)
+    model = modules.build_model(file["options"]).to(device).eval()
+    model.load_state_dict(file["model"])
+    return model, device
+
+
+def open_images(args, splits, device):
+    """Batches for each of the `splits` of the data set ("unlabelled", "train", "test"), as the data options say."""
+    sources = [open_split(args.dataset, args.data_folder, split, args.size) for split in splits]
+    return options.open_batches(args, sources, device)
