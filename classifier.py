@@ -7,6 +7,7 @@
 import argparse
 import csv
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import modules
 from datasets import DATA_SETS, open_split
-from utils import checkpoints, console, features, grids, options, runtime, tracking
+from utils import checkpoints, console, features, grids, loop, options, ranks, runtime, tracking
 
 SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the encoders that run.py trains
 CUTS = ("conv1", "conv1-3", "conv1-5")
@@ -26,8 +27,9 @@ CUTS = ("conv1", "conv1-3", "conv1-5")
 PROTOCOL = ("arch", "encoder_arch", "scale", "pretrained", "random_init", "label_fraction")
 TRAINED_WITH = ("freeze", "epochs", "step", "lr", "momentum", "wd", "batch_size")
 # Options that a resumed run may change: they do not touch its figures.
-FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "print_freq", "no_cuda", "gpu")
-CONTENTS = ("classifier_args.json", "checkpoint.pt", "best.pt", "classifier.jsonl", "logs_classifier")
+FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "save_minutes", "no_cuda", "gpu")
+CHECKPOINTS = "checkpoints_classifier"  # the folder of the last three states; checkpoint.pt is the newest of them
+CONTENTS = ("classifier_args.json", "checkpoint.pt", CHECKPOINTS, "best.pt", "classifier.jsonl", "logs_classifier")
 CONTENTS += ("results.json", "per_class.csv", "confusion.png")  # of the output folder
 
 
@@ -98,16 +100,17 @@ def build_parser():
     )
     output.add_argument("--overwrite", action="store_true", help="replace the classifier that the output folder holds")
     output.add_argument(
-        "--resume", nargs="?", const="", metavar="FILE",
-        help="go on from this checkpoint (default: the output folder's checkpoint.pt), with its options",
+        "--resume", nargs="?", const="", metavar="PATH",
+        help="go on with the run of this folder or checkpoint (default: the output folder), with its options",
     )
     output.add_argument(
-        "-e", "--evaluate", action="store_true", help="only test: the output folder's best.pt, or --resume FILE"
+        "-e", "--evaluate", action="store_true", help="only test: the output folder's best.pt, or --resume PATH"
     )
     output.add_argument(
         "-p", "--print-freq", type=console.whole(1), default=10, metavar="K",
         help="steps between logged figures (default: %(default)s)"
     )
+    options.add_save_minutes(output)
     machine = parser.add_argument_group("machine")
     machine.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
     machine.add_argument("--gpu", type=console.whole(0), metavar="K", help="use this GPU (default: the first)")
@@ -134,6 +137,7 @@ def parse(argv):
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
     args.typed = {name: getattr(args, name) for name in given}
+    options.heed_restart(args, CHECKPOINTS)
     if args.resume is not None or args.evaluate:
         return args, None, find_checkpoint(args, given)
     file = checkpoints.load(args.pretrained, checkpoints.MODEL) if args.pretrained else None
@@ -172,18 +176,23 @@ def check_whole_network(args, given):
 def find_checkpoint(args, given):
     """The content of the checkpoint that --resume or --evaluate means; `args` follows it."""
     place = Path(args.resume or args.output_folder)
-    path = place if place.is_file() else place / ("best.pt" if args.evaluate else "checkpoint.pt")
-    checkpoint = checkpoints.load(path, checkpoints.CLASSIFIER)
+    folder = place.parent if place.is_file() or place.name == CHECKPOINTS else place
+    folder = folder.parent if folder.name == CHECKPOINTS else folder
+    if place.is_file() or args.evaluate:
+        checkpoint = checkpoints.load(place if place.is_file() else folder / "best.pt", checkpoints.CLASSIFIER)
+    else:
+        checkpoint = checkpoints.newest(str(folder / CHECKPOINTS), checkpoints.CLASSIFIER)
     if not args.evaluate:
-        options.own_folder(args, given, str(path.parent))
+        options.own_folder(args, given, str(folder))
     options.follow_run(args, given, checkpoint["args"], (*FREE, "batch_size") if args.evaluate else FREE)
     return checkpoint
 
 
+@ranks.together
 def main(argv=None):
     """Train, probe or evaluate as `argv` says; returns the figures, as results.json holds them: a dict."""
     args, file, checkpoint = parse(argv)
-    device = runtime.choose_device(args.no_cuda, args.gpu or 0)
+    device = runtime.choose_device(args.no_cuda, args.gpu)
     train, test = open_labelled(args, device)
     torch.manual_seed(args.seed)
     classes = train.source.classes
@@ -201,13 +210,12 @@ def main(argv=None):
         print(f"test  {in_words(figures)}")
         return figures
     folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
-    tracking.write_json(folder / "classifier_args.json", {**vars(args), **runtime.record()})
-    if args.linear or args.knn:
-        results, scores, labels = probe(args, model, train, test)
-        confusion_picture(scores, labels).save(folder / "confusion.png")
-    else:
-        results, scores, labels = fit(args, model, train, test, folder, checkpoint)
-    write_results(args, folder, model.frozen, classes, results, scores, labels)
+    if ranks.is_main():
+        tracking.write_json(folder / "classifier_args.json", {**vars(args), **runtime.record()})
+    judge = probe if args.linear or args.knn else fit
+    results, scores, labels = judge(args, model, train, test, folder, checkpoint)
+    if ranks.is_main():
+        write_results(args, folder, model.frozen, classes, results, scores, labels)
     return results
 
 
@@ -216,7 +224,8 @@ def main(argv=None):
 
 def open_labelled(args, device):
     """Training and test Batches, both with labels that mean the same classes."""
-    train, test = (open_split(args.dataset, args.data_folder, split, args.size) for split in ("train", "test"))
+    with ranks.main_first():
+        train, test = (open_split(args.dataset, args.data_folder, split, args.size) for split in ("train", "test"))
     for source in (train, test):
         if source.labels is None:
             raise console.RunError(
@@ -326,32 +335,37 @@ def fit(args, model, train, test, folder, checkpoint=None):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.wd)
     batch_size = min(args.batch_size, len(train))
-    if batch_size == 1:
-        raise console.UsageError("--batch-size 1, or one training image, leaves nothing to normalise over; use more")
-    steps = math.ceil(len(train) / batch_size)
-    done, best, last = args.start_epoch, None, None
+    options.check_batch(batch_size, cells=1)
+    progress = loop.Progress(steps_per_epoch=math.ceil(len(train) / batch_size))
+    progress.step = args.start_epoch * progress.steps_per_epoch
+    progress.tested = args.start_epoch
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        done, best, last = checkpoint["epoch"], checkpoint["best"], checkpoint["last"]
-    stream = train.training(batch_size, args.seed, done * steps + 1, args.epochs * steps)
-    with tracking.Tracker(folder, "classifier.jsonl", "logs_classifier", done * steps) as tracker:
-        for epoch in range(done + 1, args.epochs + 1):
-            lr = optimizer.param_groups[0]["lr"] = learning_rate_at(epoch, args.lr, args.step)
-            means, speed = train_epoch(args, network, optimizer, stream, epoch, steps, tracker)
-            figures, scores, labels = evaluate(network, test, args.batch_size)
-            last = {"epoch": epoch, **figures}
-            report(args, means, last, lr, speed, epoch * steps, tracker)
-            improved = best is None or last["top1"] > best["top1"]
-            best = last if improved else best
-            content = {"kind": checkpoints.CLASSIFIER, "args": vars(args), "classes": scores.shape[1], "epoch": epoch}
-            content |= {"best": best, "last": last, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            tracker.flush()
-            for name in ("best.pt", "checkpoint.pt") if improved else ("checkpoint.pt",):
-                checkpoints.save(folder / name, content)
+        loop.restore(checkpoint, optimizer, progress, folder / CHECKPOINTS)
+    last_step = args.epochs * progress.steps_per_epoch
+    stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
+    parallel = ranks.parallel(network)
+    classes = model.head[-1].out_features
+    content = {"kind": checkpoints.CLASSIFIER, "classes": classes, "model": model, "optimizer": optimizer}
+    with (
+        tracking.Tracker(folder, "classifier.jsonl", "logs_classifier", progress.step) as tracker,
+        loop.Keeper(folder / CHECKPOINTS, args, progress, tracker, folder / "checkpoint.pt", **content) as keeper,
+    ):
+        if progress.owes_test:
+            finish_epoch(args, network, test, progress, tracker, keeper)
+            keeper.after_step(regular=True)
+        for x, labels in loop.bar(stream, "steps", last_step, progress.step):
+            progress.step += 1
+            train_step(args, parallel, optimizer, x, labels, batch_size, progress)
+            if progress.epoch_ends or progress.step_in_epoch % args.print_freq == 0:
+                means, _ = progress.close_window()
+                tracker.event("train", epoch=progress.epoch, step=progress.step, **means)
+            if progress.epoch_ends:
+                finish_epoch(args, network, test, progress, tracker, keeper)
+            keeper.after_step(regular=progress.epoch_ends)
         restore(model, checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER))
         _, scores, labels = evaluate(network, test, args.batch_size)
-        tracker.picture("confusion", args.epochs * steps, confusion_picture(scores, labels), "confusion.png")
-    return {"best": best, "last": last}, scores, labels
+        tracker.picture("confusion", last_step, confusion_picture(scores, labels), "confusion.png")
+    return {"best": progress.best, "last": progress.last}, scores, labels
 
 
 def skip_frozen_encoder(args, model, train, test):
@@ -379,33 +393,44 @@ def learning_rate_at(epoch, start, step):
     return start * 0.1 ** ((epoch - 1) // step)
 
 
-def train_epoch(args, network, optimizer, stream, epoch, steps, tracker):
-    """`steps` steps on the next batches of `stream`. Returns mean loss and top-1, and images per second."""
+def train_step(args, network, optimizer, x, labels, batch_size, progress):
+    """One optimiser step on this process's share of a batch, what `network` takes and B labels, added to the means."""
     network.train()
-    whole, window, started = tracking.Means(), tracking.Means(), time.perf_counter()
-    for number in tqdm(range(1, steps + 1), f"epoch {epoch}", unit="step", leave=False, disable=None):
-        x, labels = next(stream)
-        step = (epoch - 1) * steps + number
-        runtime.seed_step(args.seed, step)
-        logits = network(x)  # B×classes
-        loss = F.cross_entropy(logits, labels, reduction="none")
-        optimizer.zero_grad()
-        loss.mean().backward()
-        optimizer.step()
-        window.add({"loss": loss, "top1": 100.0 * (logits.argmax(1) == labels)})
-        if number % args.print_freq == 0 or number == steps:
-            tracker.event("train", epoch=epoch, step=step, **window.read())
-            whole.take(window)
-            window = tracking.Means()
-    return whole.read(), whole.images / (time.perf_counter() - started)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(progress.epoch, args.lr, args.step)
+    runtime.seed_step(args.seed, progress.step)
+    logits = network(x)  # B×classes
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    optimizer.zero_grad()
+    ranks.batch_mean(loss, batch_size).backward()
+    optimizer.step()
+    progress.window_means.add({"loss": loss, "top1": 100.0 * (logits.argmax(1) == labels)})
+    progress.watch.images += batch_size
+
+
+def finish_epoch(args, network, test, progress, tracker, keeper):
+    """Test, report, keep the best classifier."""
+    tested = keeper.test(evaluate, network, test, args.batch_size)
+    if tested is None:  # a signal came; the run that goes on tests again
+        return
+    progress.last = {"epoch": progress.epoch, **tested[0]}
+    report(args, progress, tracker)
+    improved = progress.best is None or progress.last["top1"] > progress.best["top1"]
+    progress.best = progress.last if improved else progress.best
+    progress.close_epoch()
+    if improved:
+        content = keeper.content()
+        if ranks.is_main():
+            checkpoints.save(tracker.folder / "best.pt", content)
 
 
 @torch.no_grad()
-def evaluate(network, test, batch_size):
+def evaluate(network, test, batch_size, heed=iter):
     """Every test image once: figures (loss, top1 and, of more than five classes, top5), scores N×classes, labels N."""
+    ranks.share_statistics(network)
     network.eval()
-    batches = [(network(x).cpu(), labels.cpu()) for x, labels in test.in_order(batch_size)]
-    scores, labels = (torch.cat(parts) for parts in zip(*batches))
+    batches = [(network(x).cpu(), labels.cpu()) for x, labels in heed(test.in_order(batch_size))]
+    scores, labels = (ranks.gather_rows(torch.cat(parts), len(test)) for parts in zip(*batches))
     return {"loss": F.cross_entropy(scores, labels).item(), **accuracy(scores, labels)}, scores, labels
 
 
@@ -417,14 +442,19 @@ def accuracy(scores, labels):
     return shares
 
 
-def report(args, means, last, lr, speed, step, tracker):
+def report(args, progress, tracker):
     """An epoch on the console, in classifier.jsonl and in TensorBoard."""
-    words = f"train {in_words(means)}  test {in_words(last)}  lr {lr:g}  {speed:.0f} images/s"
-    tqdm.write(f"epoch {last['epoch']}/{args.epochs}  {words}")
-    tracker.event("test", step=step, learning_rate=lr, images_per_second=speed, train=means, **last)
+    means, last, step = progress.epoch_means.read(), progress.last, progress.step
+    state = {
+        "learning_rate": learning_rate_at(progress.epoch, args.lr, args.step),
+        "images_per_second": statistics.harmonic_mean(progress.speeds),
+    }
+    words = f"train {in_words(means)}  test {in_words(last)}  lr {state['learning_rate']:g}"
+    tqdm.write(f"epoch {last['epoch']}/{args.epochs}  {words}  {state['images_per_second']:.0f} images/s")
+    tracker.event("test", step=step, train=means, **state, **last)
     figures = {f"{name}/train": value for name, value in means.items()}
     figures |= {f"{name}/test": value for name, value in last.items() if name != "epoch"}
-    tracker.scalars(step, {**figures, "learning_rate": lr, "images_per_second": speed})
+    tracker.scalars(step, {**figures, **state})
 
 
 def in_words(figures):
@@ -435,11 +465,16 @@ def in_words(figures):
 # ---------------------------------------------------------------------------------------------------- results
 
 
-def probe(args, model, train, test):
-    """Linear and nearest-neighbour probes on frozen features: the results, the last probe's scores, the labels."""
+def probe(args, model, train, test, folder, checkpoint=None):
+    """Linear and nearest-neighbour probes on frozen features: the results, the last probe's scores, the labels.
+
+    Of several processes all encode, and rank 0 fits; the others return nothing. There is nothing to go on from.
+    """
     model.eval()
     x, labels = features.extract(model.features, train, args.batch_size)
     test_x, test_labels = features.extract(model.features, test, args.batch_size)
+    if not ranks.is_main():
+        return None, None, None
     kinds = {"linear": args.linear and features.linear_probe, "knn": args.knn and features.neighbour_probe}
     results = {}
     for name, fit_and_score in kinds.items():
@@ -451,6 +486,7 @@ def probe(args, model, train, test):
             scores = torch.from_numpy(scores)
             results[name] = {**accuracy(scores, test_labels), **settings, "seconds": time.perf_counter() - started}
             print(f"{name}  {in_words(results[name])}  {settings}")
+    confusion_picture(scores, test_labels).save(folder / "confusion.png")
     return results, scores, test_labels
 
 

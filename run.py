@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import modules
 from datasets import open_split
-from utils import checkpoints, console, grids, options, runtime, tracking
+from utils import checkpoints, console, grids, loop, options, ranks, runtime, tracking
 
 ACTIVE = 0.01  # variance over images above which a latent is in use (Burda et al. 2016, section 5.2)
 COUNTS = ("_in_use", "_above_half")  # how the names of figures that count parts end
@@ -110,10 +110,7 @@ def build_parser():
         "--save-interval", type=console.whole(1), default=1, metavar="K",
         help="epochs between checkpoints (default: %(default)s)"
     )
-    output.add_argument(
-        "--save-minutes", type=console.above(0), default=15.0, metavar="X",
-        help="save also when this long has passed since the last time, for long epochs (default: %(default)s)",
-    )
+    options.add_save_minutes(output)
     return parser
 
 
@@ -122,6 +119,7 @@ def parse(argv):
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
     args.typed = {name: getattr(args, name) for name in given}
+    options.heed_restart(args, "checkpoints")
     if args.resume is not None:
         return args, None, find_checkpoint(args, given)
     if args.evaluate and args.pretrained is None:
@@ -135,8 +133,8 @@ def parse(argv):
         options.follow_file(args, given, file["options"], args.pretrained)
     options.complete(args, given)
     args.py = prior(args)
-    if min(args.batch_size, args.img_per_epoch) == 1 and args.size == args.scale and not args.evaluate:
-        raise console.UsageError("--batch-size 1 on a grid of one cell leaves nothing to normalise over; use 2 or more")
+    if not args.evaluate:
+        options.check_batch(min(args.batch_size, args.img_per_epoch), (args.size // args.scale) ** 2)
     if args.overwrite and args.pretrained == os.path.join(args.output_folder, "model.pt"):
         raise console.UsageError(f"--overwrite would delete {args.pretrained} first; give another --output-folder")
     if args.min_temp > args.temp:
@@ -165,11 +163,13 @@ def prior(args):
     return py
 
 
+@ranks.together
 def main(argv=None):
     """Train, or evaluate, as `argv` says; returns the best test figures: a dict of floats."""
     args, file, checkpoint = parse(argv)
     device = runtime.choose_device(args.no_cuda)
-    sources = [open_split(args.dataset, args.data_folder, split, args.size) for split in ("unlabelled", "test")]
+    with ranks.main_first():
+        sources = [open_split(args.dataset, args.data_folder, split, args.size) for split in ("unlabelled", "test")]
     train, test = options.open_batches(args, sources, device)
     described = options.describe_model(args)
     torch.manual_seed(args.seed)
@@ -183,7 +183,8 @@ def main(argv=None):
     if args.evaluate:
         return evaluate_only(args, model, test)
     folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
-    tracking.write_json(folder / "args.json", {**vars(args), **runtime.record()})
+    if ranks.is_main():
+        tracking.write_json(folder / "args.json", {**vars(args), **runtime.record()})
     return fit(args, described, model, train, test, folder, checkpoint)
 
 
@@ -191,82 +192,47 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
     """The whole training. Returns the best test figures."""
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
     batch_size = min(args.batch_size, args.img_per_epoch)
-    steps_per_epoch = math.ceil(args.img_per_epoch / batch_size)
-    last_step = args.num_epochs * steps_per_epoch
-    # Order, mirroring and noise are functions of (seed, step): the step is all that has to be remembered of them.
-    progress = Progress(steps_per_epoch)
+    progress = loop.Progress(steps_per_epoch=math.ceil(args.img_per_epoch / batch_size))
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        progress.restore(checkpoint["progress"])
-        checkpoints.drop_later(folder / "checkpoints", progress.step)
+        loop.restore(checkpoint, optimizer, progress, folder / "checkpoints")
+    last_step = args.num_epochs * progress.steps_per_epoch
+    # Order, mirroring and noise are functions of (seed, step): the step is all that has to be remembered of them.
     stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
-    bar = tqdm(stream, "steps", last_step, initial=progress.step, leave=False, disable=None)
-    since_save = runtime.Stopwatch()
-    with tracking.Tracker(folder, step=progress.step) as tracker, runtime.StopRequest() as stop:
-        for x, _ in bar:  # B×C×H×W
+    network = ranks.parallel(model)
+    content = {"kind": checkpoints.TRAINING, "model": model, "optimizer": optimizer}
+    with (
+        tracking.Tracker(folder, step=progress.step) as tracker,
+        loop.Keeper(folder / "checkpoints", args, progress, tracker, **content) as keeper,
+    ):
+        if progress.owes_test:
+            finish_epoch(args, described, model, test, progress, tracker, keeper)
+            keeper.after_step(regular=True)
+        for x, _ in loop.bar(stream, "steps", last_step, progress.step):  # B×C×H×W
             progress.step += 1
-            train_step(args, model, optimizer, x, progress)
+            train_step(args, network, optimizer, x, batch_size, progress)
             if progress.epoch_ends or progress.step_in_epoch % args.log_interval == 0:
                 log_training(args, progress, tracker)
             if progress.epoch_ends:
-                finish_epoch(args, described, model, test, progress, tracker)
-            regular = progress.epoch_ends and progress.epoch % args.save_interval == 0
-            if regular or progress.step == last_step or stop.requested or since_save.seconds > args.save_minutes * 60:
-                progress.window_means.read()  # stops the run before it would save what is no number
-                content = {"kind": checkpoints.TRAINING, "args": vars(args), "progress": progress.state()}
-                content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                tracker.flush()
-                checkpoints.save_numbered(folder / "checkpoints", progress.step, content)
-                since_save.restart()
-            stop.obey(f"stopped and saved after step {progress.step}; --resume goes on from there")
-        best = progress.best
-        tracker.event("end", **best)
-        tracker.options(vars(args), {f"best/{name}": value for name, value in best.items()})
-    say_farewell(args, progress.first, best, folder, train.source)
-    return best
+                finish_epoch(args, described, model, test, progress, tracker, keeper)
+            is_saved_epoch = progress.epoch_ends and progress.epoch % args.save_interval == 0
+            keeper.after_step(regular=is_saved_epoch or progress.step == last_step)
+        tracker.event("end", **progress.best)
+        tracker.options(vars(args), {f"best/{name}": value for name, value in progress.best.items()})
+    say_farewell(args, progress.first, progress.best, folder, train.source)
+    return progress.best
 
 
-class Progress:
-    """How far the training has come, and what it has found: everything beside the weights that a checkpoint holds."""
-
-    def __init__(self, steps_per_epoch):
-        self.steps_per_epoch = steps_per_epoch
-        self.step, self.first, self.best = 0, None, None  # steps done; test figures of the first and of the best epoch
-        self.epoch_means, self.window_means = tracking.Means(), tracking.Means()
-        self.watch, self.speeds = runtime.Stopwatch(), []  # of the window, and of the windows of the epoch
-
-    @property
-    def epoch(self):
-        return (self.step - 1) // self.steps_per_epoch + 1
-
-    @property
-    def step_in_epoch(self):
-        return (self.step - 1) % self.steps_per_epoch + 1
-
-    @property
-    def epoch_ends(self):
-        return self.step_in_epoch == self.steps_per_epoch
-
-    def state(self):
-        means = {"epoch_means": self.epoch_means.state(), "window_means": self.window_means.state()}
-        return {"step": self.step, "first": self.first, "best": self.best, **means}
-
-    def restore(self, state):
-        self.step, self.first, self.best = state["step"], state["first"], state["best"]
-        self.epoch_means, self.window_means = (tracking.Means(**state[f"{name}_means"]) for name in ("epoch", "window"))
-
-
-def train_step(args, model, optimizer, x, progress):
-    """One optimiser step on x: B×C×H×W, and its loss terms added to the means."""
+def train_step(args, model, optimizer, x, batch_size, progress):
+    """One optimiser step on x: B×C×H×W, this process's share of the batch, and its loss terms added to the means."""
     model.train()
     temperature = modules.temperature_at(progress.step, args.temp, args.anneal, args.min_temp)
     runtime.seed_step(args.seed, progress.step)
     terms = loss(args, x, model(x, temperature))
     optimizer.zero_grad()
-    terms["total"].mean().backward()
+    ranks.batch_mean(terms["total"], batch_size).backward()
     optimizer.step()
     progress.window_means.add(terms)
-    progress.watch.images += len(x)
+    progress.watch.images += batch_size
 
 
 def loss(args, x, output):
@@ -276,25 +242,26 @@ def loss(args, x, output):
 
 
 @torch.no_grad()
-def evaluate(args, model, test):
+def evaluate(args, model, test, heed=iter):
     """Mean loss terms over the test images, each seen once, without sampling, and two counts of parts.
 
     In use: a latent of the part varies over images. Above half: the part surely occurs in some cell of some image.
     """
+    ranks.share_statistics(model)
     model.eval()
     means, moments, surest = tracking.Means(), 0, []
-    for x, _ in test.in_order(args.batch_size):
+    for x, _ in heed(test.in_order(args.batch_size)):
         output = model(x)
         means.add(loss(args, x, output))
         if output.posterior.occurrence is not None:
             surest.append(output.posterior.occurrence.amax(dim=(0, 2, 3)))  # of each part
         latents = posterior_means(output.posterior).double()  # B×parts×latents of a part
         moments = moments + torch.stack([latents.sum(0), latents.square().sum(0)])
-    mean, mean_square = moments / len(test)
+    mean, mean_square = ranks.total(moments) / len(test)
     active = (mean_square - mean.square()).amax(dim=1) > ACTIVE
     figures = {**means.read(), f"{UNITS[args.arch]}_in_use": int(active.sum())}
     if surest:
-        figures["parts_above_half"] = int((torch.stack(surest).amax(dim=0) > 0.5).sum())
+        figures["parts_above_half"] = int((ranks.largest(torch.stack(surest).amax(dim=0)) > 0.5).sum())
     return figures
 
 
@@ -307,42 +274,37 @@ def posterior_means(posterior):
 
 def log_training(args, progress, tracker):
     """The means since the last call, in metrics.jsonl and TensorBoard."""
-    means = progress.window_means.read()
-    progress.speeds.append(progress.watch.images / progress.watch.seconds)
-    state = {
-        "temperature": modules.temperature_at(progress.step, args.temp, args.anneal, args.min_temp),
-        "learning_rate": args.lr,
-        "images_per_second": progress.speeds[-1],
-    }
+    means, speed = progress.close_window()
+    temperature = modules.temperature_at(progress.step, args.temp, args.anneal, args.min_temp)
+    state = {"temperature": temperature, "learning_rate": args.lr, "images_per_second": speed}
     tracker.event("train", epoch=progress.epoch, step=progress.step, **means, **state)
     tracker.scalars(progress.step, {**{f"loss/train/{name}": value for name, value in means.items()}, **state})
-    progress.epoch_means.take(progress.window_means)
-    progress.window_means = tracking.Means()
-    progress.watch.restart()
 
 
-def finish_epoch(args, described, model, test, progress, tracker):
+def finish_epoch(args, described, model, test, progress, tracker, keeper):
     """Test, report, keep the best model, draw."""
+    figures = keeper.test(evaluate, args, model, test)
+    if figures is None:  # a signal came; the run that goes on tests again
+        return
     train_terms = progress.epoch_means.read()
-    figures = evaluate(args, model, test)
     progress.first = progress.first or figures
     if progress.best is None or figures["total"] < progress.best["total"]:
         progress.best = {**figures, "epoch": progress.epoch}
         content = {"options": described, "args": vars(args), "epoch": progress.epoch, "test": figures}
         content["model"] = model.state_dict()
-        checkpoints.save(tracker.folder / "model.pt", {"kind": checkpoints.MODEL, **content})
+        if ranks.is_main():
+            checkpoints.save(tracker.folder / "model.pt", {"kind": checkpoints.MODEL, **content})
     tracker.event("test", epoch=progress.epoch, step=progress.step, **figures, train_mean=train_terms)
     tags = {name: name if name.endswith(COUNTS) else f"loss/test/{name}" for name in figures}
     tracker.scalars(progress.step, {tags[name]: value for name, value in figures.items()})
-    for name, picture in draw_pictures(args, model, test).items():
+    for name, picture in draw_pictures(args, model, test).items() if ranks.is_main() else ():
         tracker.picture(name, progress.step, picture, f"images/{name}_epoch_{progress.epoch:03d}.png")
     speed = statistics.harmonic_mean(progress.speeds)
     losses = f"train {in_words(args, train_terms)}  test {in_words(args, figures)}"
     tqdm.write(
         f"epoch {progress.epoch}/{args.num_epochs}  {losses}  {in_use(args, figures)}  {speed:.0f} images/s"
     )
-    progress.epoch_means, progress.speeds = tracking.Means(), []
-    progress.watch.restart()
+    progress.close_epoch()
 
 
 def in_words(args, terms):
@@ -387,6 +349,8 @@ def draw_pictures(args, model, test):
 def evaluate_only(args, model, test):
     """Test the model and leave its pictures in the output folder's images/."""
     figures = evaluate(args, model, test)
+    if not ranks.is_main():
+        return figures
     folder = Path(args.output_folder, "images")
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in draw_pictures(args, model, test).items():

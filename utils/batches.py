@@ -20,7 +20,7 @@ import torch
 from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
-from utils import cache, checkpoints
+from utils import cache, checkpoints, ranks
 from utils.console import RunError
 
 CACHE_FOLDER = ".cache"  # below the data folder, unless --cache-folder says otherwise
@@ -107,6 +107,7 @@ def choose_cache(wanted, sources, size, device, folder):
         if wanted == "disk":
             print("cache: --cache disk is for image files; what is drawn or bundled stays in memory")
             wanted = "ram"
+    room = room._replace(host=room.host // ranks.local_count())  # each process keeps its own copy
     mode = cache.choose(wanted, needed, room)
     places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}", "none": "nowhere; each epoch decodes"}
     print(f"cache: {cache.amount(needed)} of decoded images are kept {places[mode]}")
@@ -138,7 +139,7 @@ class Batches:
         self.pixels, self.device, self.flip = Pixels(source, size), device, flip
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, device=device).view(-1, 1, 1)
-        self.workers = min(workers, os.cpu_count() or 1)
+        self.workers = min(workers, -(-(os.cpu_count() or 1) // ranks.local_count()))
         self.pins = device.type == "cuda" and mode in ("none", "device")  # the other modes pin their own batches
         labels = np.zeros(len(source), np.int64) if source.labels is None else source.labels
         self.labels = torch.from_numpy(labels).to(device)
@@ -154,14 +155,21 @@ class Batches:
         return len(self.rows)
 
     def training(self, batch_size, seed, first_step, last_step):
-        """Yields (x: B×C×H×W, labels: B) for each step, in TrainingOrder, mirrored at random if the data allow it."""
-        order = TrainingOrder(len(self), batch_size, seed, first_step, last_step)
-        for step, (pixels, labels) in zip(order.steps, self._load(order)):
-            yield self._normalise(pixels, flips(seed, step, batch_size) if self.flip else None), labels
+        """Yields (x: B×C×H×W, labels: B) for each step, in TrainingOrder, mirrored at random if the data allow it.
+
+        Of several processes each gets its share of every batch.
+        """
+        order, own = TrainingOrder(len(self), batch_size, seed, first_step, last_step), ranks.share(batch_size)
+        for step, (pixels, labels) in zip(order.steps, self._load(indices[own] for indices in order)):
+            yield self._normalise(pixels, flips(seed, step, batch_size)[own] if self.flip else None), labels
 
     def in_order(self, batch_size):
-        """Yields (x: B×C×H×W, labels: B): every image once, in the source's order; the last batch may be small."""
-        for pixels, labels in self._load(_slices(len(self), batch_size)):
+        """Yields (x: B×C×H×W, labels: B): every image once, in the source's order; the last batch may be small.
+
+        Of several processes each gets its share of the images (ranks.share) and of the batch size.
+        """
+        batch_size = max(1, batch_size // ranks.count())
+        for pixels, labels in self._load(_slices(ranks.share(len(self)), batch_size)):
             yield self._normalise(pixels), labels
 
     def examples(self, count):
@@ -186,7 +194,7 @@ class Batches:
         broken = set()
         with tqdm(total=len(self), desc="check", unit="image", leave=False, disable=None) as bar:
             decode = functools.partial(self._decode, broken=broken)
-            for pixels in self.store.batches(_slices(len(self), cache.CHUNK), decode):
+            for pixels in self.store.batches(_slices(slice(0, len(self)), cache.CHUNK), decode):
                 bar.update(len(pixels))
         return np.isin(self.rows, list(broken))
 
@@ -230,9 +238,9 @@ class Batches:
         return pixels.float().div_(255).sub_(self.mean).div_(self.std)  # in place: needs memory once
 
 
-def _slices(length, size):
-    """0 … length−1 in order, as int arrays of `size` (the last may be smaller)."""
-    return (np.arange(start, min(start + size, length)) for start in range(0, length, size))
+def _slices(whole, size):
+    """The numbers of the slice `whole`, in order, as int arrays of `size` (the last may be smaller)."""
+    return (np.arange(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size))
 
 
 def _list_broken(source, is_broken, path):

@@ -46,12 +46,19 @@ def write(path, fill):
             os.remove(temporary)
 
 
-def save_numbered(folder, step, content):
-    """Save `content` as `folder`/step_STEP.pt and remove all but the newest KEPT of their kind."""
+def save_numbered(folder, step, content, alias=None):
+    """Save `content` as `folder`/step_STEP.pt and remove all but the newest KEPT of their kind.
+
+    `alias`: the path of a link to the newest.
+    """
     os.makedirs(folder, exist_ok=True)
-    save(os.path.join(folder, f"step_{step:09d}.pt"), content)
-    for path in numbered(folder)[:-KEPT]:
-        os.remove(path)
+    path = os.path.join(folder, f"step_{step:09d}.pt")
+    save(path, content)
+    for older in numbered(folder)[:-KEPT]:
+        os.remove(older)
+    if alias:
+        os.symlink(os.path.relpath(path, os.path.dirname(alias)), f"{alias}{UNFINISHED}")
+        os.replace(f"{alias}{UNFINISHED}", alias)
 
 
 def numbered(folder):

@@ -11,6 +11,9 @@ import signal
 import sys
 
 
+LOST = ("DistBackendError", "DistNetworkError", "DistStoreError", "gloo", "NCCL")  # a peer's end, as torch reports it
+
+
 class RunError(Exception):
     """Something in the data or the machine that the user can mend. One line, exit status 1."""
 
@@ -88,7 +91,9 @@ def run(main):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     status, line = _outcome(main)  # by now the error's frames are gone, and with them data-loading processes
     if line:
-        print(f"{os.path.basename(sys.argv[0])}: {line}".replace("\n", " "), file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        who = os.path.basename(sys.argv[0]) + (f", rank {rank}" if rank != "0" else "")
+        print(f"{who}: {line}".replace("\n", " "), file=sys.stderr)
     sys.exit(status)
 
 
@@ -111,6 +116,8 @@ def _outcome(main):
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
             return 1, "error: out of memory; try a smaller --batch-size or --size"
+        if any(word in f"{type(error).__name__} {error}" for word in LOST):
+            return 1, "error: lost the other processes of this job; one of them says why, or was killed"
         raise
 
 

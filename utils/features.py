@@ -10,6 +10,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
+from utils import ranks
 from utils.batches import TrainingOrder, flips
 from utils.cache import free_memory
 from utils.console import RunError
@@ -20,17 +21,19 @@ NEIGHBOURS = 20
 
 @torch.no_grad()
 def extract(encode, batches, batch_size, mirrored=False):
-    """All images in order: features N×F float32 and labels N int64, on the CPU; `mirrored`: of their mirror images."""
-    features = labels = None
-    start = 0
+    """All images in order: features N×F float32 and labels N int64, on the CPU; `mirrored`: of their mirror images.
+
+    Several processes share the work, and all get all.
+    """
+    own, start = ranks.share(len(batches)), 0
+    features, labels = None, torch.empty(own.stop - own.start, dtype=torch.int64)
     for x, y in batches.in_order(batch_size):
         found = encode(x.flip(-1) if mirrored else x)  # B×F
         if features is None:
-            features = torch.empty(len(batches), found.shape[1])
-            labels = torch.empty(len(batches), dtype=torch.int64)
-        features[start : start + len(found)], labels[start : start + len(found)] = found, y
-        start += len(found)
-    return features, labels
+            features = torch.empty(len(labels), found.shape[1])
+        part = slice(start, start + len(found))
+        features[part], labels[part], start = found, y, part.stop
+    return ranks.gather_rows(features, len(batches)), ranks.gather_rows(labels, len(batches))
 
 
 class StoredFeatures:
@@ -47,24 +50,25 @@ class StoredFeatures:
 
     def training(self, batch_size, seed, first_step, last_step):
         """Yields (features: B×F, labels: B) for each step, of the very images that Batches.training would give."""
-        order = TrainingOrder(len(self), batch_size, seed, first_step, last_step)
-        for step, indices in zip(order.steps, order):
+        order, own = TrainingOrder(len(self), batch_size, seed, first_step, last_step), ranks.share(batch_size)
+        for step, indices in zip(order.steps, (indices[own] for indices in order)):
             features = self.plain[indices]
             if self.mirrored is not None:
-                features = torch.where(flips(seed, step, batch_size)[:, None], self.mirrored[indices], features)
+                features = torch.where(flips(seed, step, batch_size)[own, None], self.mirrored[indices], features)
             yield features.to(self.device), self.labels[indices].to(self.device)
 
     def in_order(self, batch_size):
-        """Yields (features: B×F, labels: B): every image once."""
-        for start in range(0, len(self), batch_size):
-            part = slice(start, start + batch_size)
+        """Yields (features: B×F, labels: B): every image once, or of several processes this one's share of them."""
+        own = ranks.share(len(self))
+        for start in range(own.start, own.stop, batch_size):
+            part = slice(start, min(start + batch_size, own.stop))
             yield self.plain[part].to(self.device), self.labels[part].to(self.device)
 
 
 def fits_in_memory(images, feature_size):
     """Whether images×feature_size float32 fit into half of the memory that is free, and the bytes that they take."""
     needed = images * feature_size * 4
-    return needed < free_memory() / 2, needed
+    return needed * ranks.local_count() < free_memory() / 2, needed
 
 
 def linear_probe(train_features, train_labels, test_features, classes, seed):

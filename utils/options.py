@@ -2,11 +2,14 @@
 
 import math
 import os
+from pathlib import Path
+
+import torch
 
 from datasets import DATA_SETS, normalisation
 from modules import ARCHS, ENCODERS, FIXED_STRIDE
-from utils import batches, cache
-from utils.console import RunError, UsageError, whole
+from utils import batches, cache, checkpoints, ranks, tracking
+from utils.console import RunError, UsageError, above, whole
 
 DECODERS = ("pyramid",)
 SCALES = {"resnet": (4, 8, 16, 32), "pyramid": (2, 4, 8, 16, 32, 64)}
@@ -97,6 +100,14 @@ def add_model_options(parser):
     return group
 
 
+def add_save_minutes(group):
+    """The option --save-minutes."""
+    group.add_argument(
+        "--save-minutes", type=above(0), default=15.0, metavar="X",
+        help="save also when this long has passed since the last time, for long epochs (default: %(default)s)",
+    )
+
+
 def complete(args, given):
     """Fill in the defaults that depend on other options, and refuse what cannot work together. Changes `args`."""
     if args.size is None:
@@ -126,6 +137,8 @@ def _either(choices):
 def open_batches(args, sources, device):
     """Batches for each of the image sources, as the data options say: a list."""
     row = DATA_SETS[args.dataset]
+    if min(map(len, sources)) < ranks.count():
+        raise RunError(f"{ranks.count()} processes share {min(map(len, sources))} images; start fewer")
     mean, std = normalisation(row.channels, args.inet)
     folder = args.cache_folder or os.path.join(args.data_folder, batches.CACHE_FOLDER)
     mode = batches.choose_cache(args.cache, sources, args.size, device, folder)
@@ -160,6 +173,28 @@ def follow_file(args, given, described, path, free=()):
         if not (name in free and name in given):
             setattr(args, name, described[name])
 
+
+def heed_restart(args, folder_name):
+    """Where torchrun starts a failed job again (--max-restarts), let `args` go on, or begin anew if nothing is saved.
+
+    `folder_name`: of the checkpoints in the output folder.
+    """
+    if not ranks.restarted() or args.evaluate:
+        return
+    if args.resume is not None:
+        named = Path(args.resume)
+        args.resume = str(named.parent.parent) if named.parent.name == folder_name else args.resume
+    elif ranks.largest(torch.tensor(int(tracking.held_before(args.output_folder)))):
+        is_saved = checkpoints.numbered(os.path.join(args.output_folder, folder_name))
+        args.resume, args.overwrite = ("", False) if is_saved else (None, True)
+
+
+def check_batch(images, cells, flag="--batch-size"):
+    """Refuse steps of `images` images, on maps of `cells` cells, that BatchNorm or a process of several cannot use."""
+    if images < ranks.count():
+        raise UsageError(f"{flag} {images} leaves some of {ranks.count()} processes without an image; use more")
+    if images // ranks.count() * cells == 1:
+        raise UsageError(f"{flag} {images} leaves one value of a channel, which cannot be normalised; use more")
 
 
 def follow_run(args, given, saved, free):

@@ -3,36 +3,48 @@
 import os
 import platform
 import shlex
-import signal
 import sys
-import time
 from importlib.metadata import version
 
 import numpy as np
 import torch
 
-from utils.console import Terminated, UsageError
+from utils import ranks
+from utils.console import UsageError
 
 
-def choose_device(no_cuda=False, gpu=0):
-    """CUDA device number `gpu` if there is one and it is wanted, the CPU otherwise."""
+def choose_device(no_cuda=False, gpu=None):
+    """A CUDA device if there is one and it is wanted, the CPU otherwise. `gpu`: its number, or None for the first.
+
+    Of several processes on this machine each takes the GPU of its own number.
+    """
     if no_cuda or not torch.cuda.is_available():
         return torch.device("cpu")
+    if gpu is not None and ranks.count() > 1:
+        raise UsageError(f"--gpu {gpu}: of several processes each has its own GPU; leave it out")
+    if ranks.local_count() > torch.cuda.device_count():
+        raise UsageError(
+            f"{ranks.local_count()} processes on a machine with {torch.cuda.device_count()} GPUs: start one per GPU"
+        )
+    gpu = ranks.local_rank() if gpu is None else gpu
     if gpu >= torch.cuda.device_count():
         raise UsageError(f"--gpu {gpu}: this machine has the GPUs 0 to {torch.cuda.device_count() - 1}")
+    torch.cuda.set_device(gpu)  # where NCCL and new tensors go
     return torch.device("cuda", gpu)
 
 
 def describe(device):
     """One phrase for the console and the records: what the numbers were computed on."""
+    others = f", {ranks.count()} processes" if ranks.count() > 1 else ""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
-    return f"CPU, {torch.get_num_threads()} threads"
+        return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda}){others}"
+    return f"CPU, {torch.get_num_threads()} threads{others}"
 
 
 def seed_step(seed, step):
-    """Seed torch's generators for step `step`, so that its noise is a pure function of (seed, step)."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, 2, step]).generate_state(1, np.uint64)[0] >> 1))
+    """Seed torch's generators for step `step`: its noise is a pure function of (seed, step) and the process's rank."""
+    entropy = np.random.SeedSequence([seed, 2, step, ranks.rank()])
+    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
 
 def record():
@@ -40,48 +52,3 @@ def record():
     libraries = {name: version(name) for name in ("torchvision", "numpy", "Pillow", "scikit-learn")}
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     return {"command": command, "python": platform.python_version(), "torch": torch.__version__, **libraries}
-
-
-class StopRequest:
-    """Turns SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) into a wish that the training loop grants after its step.
-
-    A second signal does not wait for that.
-    """
-
-    def __init__(self):
-        self.requested = None  # the signal's number
-
-    def __enter__(self):
-        names = ("SIGINT", "SIGTERM", "SIGUSR1")  # not every system has the last
-        self.before = {getattr(signal, name): None for name in names if hasattr(signal, name)}
-        for number in self.before:
-            self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *reason):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def obey(self, message):
-        """Leave, with the exit status of the signal and `message` as last words, if a signal has come."""
-        if self.requested is not None:
-            raise KeyboardInterrupt(message) if self.requested == signal.SIGINT else Terminated(message)
-
-    def _note(self, number, frame):
-        if self.requested is not None:
-            self.obey("stopped at once, without saving")
-        self.requested = number
-
-
-class Stopwatch:
-    """Counts images and the seconds that they took."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self):
-        self.started, self.images = time.perf_counter(), 0
-
-    @property
-    def seconds(self):
-        return time.perf_counter() - self.started

@@ -13,7 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from utils import checkpoints
+from utils import checkpoints, ranks
 from utils.console import RunError, UsageError
 
 
@@ -21,12 +21,16 @@ def prepare_folder(folder, contents, overwrite=False, keep=False):
     """Make `folder` ready for a new run that will write `contents`, a tuple of names; the first tells that it is a run.
 
     A folder that holds a run is refused, cleared of it (`overwrite`), or used as it is (`keep`, to go on). Nothing else
-    in it is touched. From here to its end, this process is the only one that may write into it.
+    in it is touched. From here to its end, this process is the only one that may write into it; in a job of several
+    processes that is rank 0.
     """
     folder = Path(folder)
+    if not ranks.is_main():
+        ranks.wait()
+        return folder
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-folder {folder} is a file; give the name of a folder")
-    found = [folder / name for name in contents if (folder / name).exists() and not keep]
+    found = [folder / name for name in contents if os.path.lexists(folder / name) and not keep]
     if found and not (folder / contents[0]).exists():
         raise UsageError(f"--output-folder {folder} holds {found[0].name}, which no run made; choose another folder")
     if found and not overwrite:
@@ -38,9 +42,10 @@ def prepare_folder(folder, contents, overwrite=False, keep=False):
     _claim(folder)
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for place in (folder, folder / "checkpoints"):
+    for place in (folder, *(folder / name for name in contents)):
         for leftover in place.glob(f"*{checkpoints.UNFINISHED}"):
             leftover.unlink()
+    ranks.wait()
     return folder
 
 
@@ -57,12 +62,24 @@ def _claim(folder):
     except OSError:
         lock.seek(0)
         raise RunError(
-            f"{folder} is in use by {lock.read().strip()}; wait for it, or choose another --output-folder"
+            f"{folder} is in use by {lock.readline().strip()}; wait for it, or choose another --output-folder"
         ) from None
     lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{_launcher()}\n")
     lock.flush()
     _claims[folder] = lock
+
+
+def _launcher():
+    """The process that started this one; torchrun's stays the same when it starts a failed job again."""
+    return f"started by process {os.getppid()}"
+
+
+def held_before(folder):
+    """Whether the last run in `folder` was this very job, before its launcher started it again."""
+    path = Path(folder, ".lock")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return lines[1:] == [_launcher()] and lines[0].endswith(f" on {socket.gethostname()}")
 
 
 class Means:
@@ -84,24 +101,43 @@ class Means:
         self.images += other.images
 
     def state(self):
-        """What the constructor takes: plain numbers."""
-        return {"sums": {name: float(value) for name, value in self.sums.items()}, "images": self.images}
+        """What restored() takes, of all processes together: plain numbers. Every process has to call it."""
+        sums, images = self._over_processes()
+        return {"sums": sums, "images": images}
+
+    @classmethod
+    def restored(cls, state):
+        """Goes on from state(). In a job of several processes the first takes all that was summed."""
+        if ranks.is_main():
+            return cls(**state)
+        return cls(dict.fromkeys(state["sums"], 0.0))
 
     def read(self):
-        """The means: a dict of floats. Raises RunError where one is not finite."""
-        means = {name: float(value) / self.images for name, value in self.sums.items()}
+        """The means over all processes: a dict of floats. Every process has to call it.
+
+        Raises RunError where one is not finite.
+        """
+        sums, images = self._over_processes()
+        means = {name: value / images for name, value in sums.items()}
         for name, value in means.items():
             if not math.isfinite(value):
                 raise RunError(f"the loss is no finite number ({name}: {value}); start again with a smaller --lr")
         return means
 
+    def _over_processes(self):
+        own = torch.tensor([*map(float, self.sums.values()), self.images], dtype=torch.float64)
+        *sums, images = ranks.total(own).tolist()
+        return dict(zip(self.sums, sums)), int(images)
+
 
 class Tracker:
-    """Writes a run's figures and pictures into its folder, each at the step it belongs to."""
+    """Writes a run's figures and pictures into its folder, each at the step it belongs to; on rank 0 only."""
 
     def __init__(self, folder, lines="metrics.jsonl", logs="logs", step=0):
         """`step`: the run goes on after this step; what was recorded later is dropped, as it will come again."""
-        self.folder = Path(folder)
+        self.folder, self.lines, self.board = Path(folder), None, None
+        if not ranks.is_main():
+            return
         if step:
             _drop_later_lines(self.folder / lines, step)
         self.lines = open(self.folder / lines, "a", encoding="utf-8")
@@ -111,18 +147,21 @@ class Tracker:
         return self
 
     def __exit__(self, *reason):
-        self.board.close()
-        self.lines.close()
+        if self.board:
+            self.board.close()
+            self.lines.close()
 
     def event(self, event, **values):
         """Append one JSON line: the kind of event and its values, floats with six digits."""
+        if not self.lines:
+            return
         tidy = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
         self.lines.write(json.dumps({"event": event, **tidy}) + "\n")
         self.lines.flush()
 
     def scalars(self, step, values):
         """Send a dict of TensorBoard tags and numbers."""
-        for tag, value in values.items():
+        for tag, value in values.items() if self.board else ():
             self.board.add_scalar(tag, value, step)
 
     def flush(self):
@@ -131,12 +170,16 @@ class Tracker:
 
     def picture(self, tag, step, image, path):
         """Keep a PIL image as the file `path` in the folder and under `tag` in TensorBoard."""
+        if not self.board:
+            return
         (self.folder / path).parent.mkdir(exist_ok=True)
         image.save(self.folder / path)
         self.board.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
     def options(self, options, result):
         """Send the run's options and its final figures to TensorBoard's hparams."""
+        if not self.board:
+            return
         plain = {name: "" if value is None else value for name, value in options.items() if not isinstance(value, dict)}
         for summary in hparams(plain, result):  # three records; add_hparams would open a folder of its own
             self.board.file_writer.add_summary(summary)
