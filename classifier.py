@@ -7,7 +7,6 @@
 import argparse
 import csv
 import math
-import statistics
 import time
 from pathlib import Path
 
@@ -137,7 +136,7 @@ def parse(argv):
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
     args.typed = {name: getattr(args, name) for name in given}
-    options.heed_restart(args, CHECKPOINTS)
+    options.settle_resume(args, CHECKPOINTS)
     if args.resume is not None or args.evaluate:
         return args, None, find_checkpoint(args, given)
     file = checkpoints.load(args.pretrained, checkpoints.MODEL) if args.pretrained else None
@@ -447,7 +446,7 @@ def report(args, progress, tracker):
     means, last, step = progress.epoch_means.read(), progress.last, progress.step
     state = {
         "learning_rate": learning_rate_at(progress.epoch, args.lr, args.step),
-        "images_per_second": statistics.harmonic_mean(progress.speeds),
+        "images_per_second": progress.speed,
     }
     words = f"train {in_words(means)}  test {in_words(last)}  lr {state['learning_rate']:g}"
     tqdm.write(f"epoch {last['epoch']}/{args.epochs}  {words}  {state['images_per_second']:.0f} images/s")

@@ -79,19 +79,23 @@ def temperature_at(step, start=1.0, anneal=3e-5, minimum=0.1):
     return max(minimum, start * math.exp(-anneal * sum_of_steps))
 
 
+def laplacian(x):
+    """The Laplacian of every channel (0 1 0 / 1 -4 1 / 0 1 0, borders replicated): B×C×H×W -> B×C×H×W."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    up, down = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1]
+    left, right = padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
+    # Differences first: a constant channel then gives exactly 0, not rounding noise that edge_weights would blow up.
+    return (up - x) + (down - x) + (left - x) + (right - x)
+
+
 @torch.no_grad()
 def edge_weights(x, cell):
     """How much each pixel's error counts under --recon-mask edge: B×C×H×W -> B×C×H×W.
 
-    The absolute Laplacian (0 1 0 / 1 -4 1 / 0 1 0, borders replicated), summed over `cell`×`cell` pixels, spread
-    over them again, and scaled to average 1 in every channel of every image. A channel without an edge gets 1.
+    The absolute Laplacian, summed over `cell`×`cell` pixels, spread over them again, and scaled to average 1 in every
+    channel of every image. A channel without an edge gets 1.
     """
-    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    up, down = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1]
-    left, right = padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
-    # Differences first: a constant channel then gives exactly 0, not rounding noise to be blown up below.
-    laplacian = ((up - x) + (down - x) + (left - x) + (right - x)).abs()  # B×C×H×W
-    cells = F.avg_pool2d(laplacian, cell)  # B×C×h×w
+    cells = F.avg_pool2d(laplacian(x).abs(), cell)  # B×C×h×w
     mean = cells.mean(dim=(2, 3), keepdim=True)
     weights = torch.where(mean > 0, cells / mean.clamp_min(torch.finfo(x.dtype).tiny), 1.0)
     return weights.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
@@ -149,11 +153,13 @@ def build_encoder(encoder_arch, channels, scale, ngf=64):
 class AlexNetTrunk(nn.Sequential):
     """torchvision's AlexNet features behind a border that makes the map exactly H/32 × W/32 at every size."""
 
+    BORDER = (17, 18, 17, 18)  # zeros left, right, above and below
+
     def __init__(self, features):
         super().__init__(*features)
 
     def forward(self, x):
-        return super().forward(F.pad(x, (17, 18, 17, 18)))
+        return super().forward(F.pad(x, self.BORDER))
 
 
 def pyramid_encoder(channels, ngf, stages):

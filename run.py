@@ -7,7 +7,6 @@
 import math
 import os
 import shlex
-import statistics
 from pathlib import Path
 
 import torch
@@ -119,7 +118,7 @@ def parse(argv):
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
     args.typed = {name: getattr(args, name) for name in given}
-    options.heed_restart(args, "checkpoints")
+    options.settle_resume(args, "checkpoints")
     if args.resume is not None:
         return args, None, find_checkpoint(args, given)
     if args.evaluate and args.pretrained is None:
@@ -299,10 +298,9 @@ def finish_epoch(args, described, model, test, progress, tracker, keeper):
     tracker.scalars(progress.step, {tags[name]: value for name, value in figures.items()})
     for name, picture in draw_pictures(args, model, test).items() if ranks.is_main() else ():
         tracker.picture(name, progress.step, picture, f"images/{name}_epoch_{progress.epoch:03d}.png")
-    speed = statistics.harmonic_mean(progress.speeds)
     losses = f"train {in_words(args, train_terms)}  test {in_words(args, figures)}"
     tqdm.write(
-        f"epoch {progress.epoch}/{args.num_epochs}  {losses}  {in_use(args, figures)}  {speed:.0f} images/s"
+        f"epoch {progress.epoch}/{args.num_epochs}  {losses}  {in_use(args, figures)}  {progress.speed:.0f} images/s"
     )
     progress.close_epoch()
 

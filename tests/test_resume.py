@@ -14,8 +14,9 @@ import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import classifier
 import run
-from utils import checkpoints, console
+from utils import batches, checkpoints, console
 
 OPTIONS = ["--dataset", "digits", "--workers", "1", "--ngf", "8", "--encoder-arch", "pyramid", "--num-parts", "4"]
 OPTIONS += ["--img-per-epoch", "64", "--batch-size", "16", "--log-interval", "3", "--num-epochs", "3"]
@@ -41,9 +42,9 @@ def wait_for(process, folder, text):
         time.sleep(0.005)
 
 
-def events(folder):
-    """metrics.jsonl without what time alone decides."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def events(folder, name="metrics.jsonl"):
+    """The run's JSON lines without what time alone decides."""
+    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
@@ -97,6 +98,60 @@ def is_whole(path):
         return bool(checkpoints.load(path, checkpoints.TRAINING))
     except console.RunError:
         return False
+
+
+def test_a_signal_leaves_a_test_at_once_and_the_resumed_run_repeats_it(uninterrupted, tmp_path, monkeypatch):
+    in_order, drawn = batches.Batches.in_order, []  # how many batches each test has drawn
+
+    def terminating(self, batch_size):
+        drawn.append(0)
+        for batch in in_order(self, batch_size):
+            drawn[-1] += 1
+            if len(drawn) == 2 and drawn[-1] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(batches.Batches, "in_order", terminating)
+    with pytest.raises(console.Terminated, match="after step 8"):
+        run.main([*OPTIONS, "--output-folder", str(tmp_path)])
+    monkeypatch.undo()
+    assert drawn == [23, 3] and [event["step"] for event in events(tmp_path) if event["event"] == "test"] == [4]
+    run.main(["--resume", "--output-folder", str(tmp_path)])
+    assert_same(tmp_path, uninterrupted)
+
+
+HEAD = ["--dataset", "digits", "--workers", "0", "--arch", "patchy", "--encoder-arch", "pyramid", "--ngf", "8"]
+HEAD += ["-b", "128", "--lr", "0.01", "--epochs", "2", "--label-fraction", "0.3", "--print-freq", "2"]
+
+
+def test_a_classifier_stopped_in_an_epoch_goes_on_bitwise_the_same(tmp_path, monkeypatch):
+    whole = classifier.main([*HEAD, "--output-folder", str(tmp_path / "whole")])
+    train_step = classifier.train_step
+
+    def interrupting(args, network, optimizer, x, labels, batch_size, progress):
+        train_step(args, network, optimizer, x, labels, batch_size, progress)
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(classifier, "train_step", interrupting)
+    with pytest.raises(KeyboardInterrupt, match="after step 5"):
+        classifier.main([*HEAD, "--output-folder", str(tmp_path / "parts")])
+    monkeypatch.undo()
+    assert classifier.main(["--resume", "--output-folder", str(tmp_path / "parts")]) == whole
+    (mine, theirs), (my_lines, their_lines) = (
+        [read(tmp_path / name) for name in ("parts", "whole")] for read in (classifier_state, classifier_events)
+    )
+    assert all(torch.equal(mine["model"][name], theirs["model"][name]) for name in theirs["model"])
+    assert mine["progress"] == theirs["progress"] and my_lines == their_lines
+
+
+def classifier_state(folder):
+    assert (folder / "checkpoint.pt").resolve() == (folder / "checkpoints_classifier/step_000000008.pt").resolve()
+    return checkpoints.load(folder / "checkpoint.pt", checkpoints.CLASSIFIER)
+
+
+def classifier_events(folder):
+    return events(folder, "classifier.jsonl")
 
 
 def test_flipped_bits_and_cuts_are_noticed(uninterrupted, tmp_path):

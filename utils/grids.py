@@ -1,7 +1,12 @@
 """Pictures of images side by side, with captions, and of maps laid over images. Numpy in, PIL out."""
 
+import argparse
+import os
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from utils import checkpoints
 
 GAP, CAPTION, PAPER, INK = 2, 14, (255, 255, 255), (30, 30, 30)
 
@@ -68,3 +73,29 @@ def matrix(values):
     ink = 255 - np.array([120, 0, 0])  # from white to dark red
     shades = np.round(255 - np.clip(values, 0, 1)[..., None] * ink).astype(np.uint8)
     return Image.fromarray(shades).resize((cell * len(values),) * 2, Image.Resampling.NEAREST)
+
+
+def titled(picture, lines):
+    """The PIL image `picture` below `lines` of text, and wide enough for them: PIL image."""
+    font = ImageFont.load_default(size=12)
+    width = max(picture.width, 2 * GAP + max(round(font.getlength(line)) for line in lines))
+    sheet = Image.new("RGB", (width, picture.height + 16 * len(lines)), PAPER)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((GAP, 16 * number + 1), line, INK, font)
+    sheet.paste(picture, (0, 16 * len(lines)))
+    return sheet
+
+
+def save(picture, path):
+    """Write the PIL image `picture` as the PNG file `path`, whole or not at all, making its folder if need be."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    checkpoints.write(path, lambda file: picture.save(file, "PNG", optimize=True))
+
+
+def png(path):
+    """An argparse type: the path of a PNG file that can be written."""
+    if not path.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"'{path}' does not end in .png, the kind of picture that is written")
+    if os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"'{path}' is a folder; give the name of a file")
+    return path

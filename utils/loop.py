@@ -1,6 +1,7 @@
 """What both training loops share: where they are, when they save, and how they stop."""
 
 import signal
+import statistics
 import time
 
 import torch
@@ -46,6 +47,11 @@ class Progress:
         self.window_means = tracking.Means()
         self.watch.restart()
         return means, self.speeds[-1]
+
+    @property
+    def speed(self):
+        """Images per second in the epoch so far; 0 if that is not known, as this process has only resumed it."""
+        return statistics.harmonic_mean(self.speeds) if self.speeds else 0.0
 
     def close_epoch(self):
         """What the next epoch finds empty."""

@@ -174,11 +174,13 @@ def follow_file(args, given, described, path, free=()):
             setattr(args, name, described[name])
 
 
-def heed_restart(args, folder_name):
+def settle_resume(args, folder_name):
     """Where torchrun starts a failed job again (--max-restarts), let `args` go on, or begin anew if nothing is saved.
 
-    `folder_name`: of the checkpoints in the output folder.
+    `folder_name`: of the checkpoints in the output folder. Raises UsageError where options exclude each other.
     """
+    if args.overwrite and args.resume is not None:
+        raise UsageError("--overwrite and --resume exclude each other: replace the run or go on with it")
     if not ranks.restarted() or args.evaluate:
         return
     if args.resume is not None:
@@ -202,8 +204,6 @@ def follow_run(args, given, saved, free):
 
     Raises UsageError with all differences where another option on the command line says otherwise.
     """
-    if args.overwrite:
-        raise UsageError("--overwrite and --resume exclude each other: replace the run or go on with it")
     known = {**saved, **saved["typed"]}  # the same command as before, with --resume, contradicts nothing
     fixed = [name for name in known if name in given and name not in (*free, *NEVER_SAVED)]
     names = [name for name in fixed if getattr(args, name) != known[name]]

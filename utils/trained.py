@@ -3,6 +3,7 @@
 import modules
 from datasets import open_split
 from utils import checkpoints, options, runtime
+from utils.console import RunError
 
 
 def add_options(parser):
@@ -21,15 +22,28 @@ def open_model(args, given):
     `given`: the options that the user typed (console.Parser.given). Raises UsageError where they contradict the file,
     RunError where it is missing or damaged.
     """
-    file = checkpoints.load(args.pretrained, checkpoints.MODEL)
+    device = runtime.choose_device(args.no_cuda)
+    model, file = load_model(args.pretrained, device)
     for name in ("dataset", "data_folder"):
         if name not in given:
             setattr(args, name, file["args"][name])
     options.follow_file(args, given, file["options"], args.pretrained)
-    device = runtime.choose_device(args.no_cuda)
-    model = modules.build_model(file["options"]).to(device).eval()
-    model.load_state_dict(file["model"])
     return model, device
+
+
+def load_model(path, device="cpu"):
+    """The trained model in the file `path`, in evaluation mode on `device`, and all that the file holds: a dict.
+
+    Raises RunError where the file is missing or damaged.
+    """
+    file = checkpoints.load(path, checkpoints.MODEL)
+    try:
+        model = modules.build_model(file["options"])
+        model.load_state_dict(file["model"])
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:  # of the right kind, with the wrong content
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{path}: its weights and its options do not fit ({reason}); train the model again") from None
+    return model.to(device).eval(), file
 
 
 def open_images(args, splits, device):
