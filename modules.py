@@ -18,7 +18,8 @@ import torchvision
 from torch import nn
 
 ARCHS = ("patchy", "vae")
-ENCODERS = ("resnet", "resnet18", "resnet50", "alexnet", "pyramid")
+ENCODERS = ("resnet", "resnet18", "resnet50", "alexnet", "pyramid", "patches")
+DECODERS = ("pyramid", "patches")
 FIXED_STRIDE = {"resnet18": 32, "resnet50": 32, "alexnet": 32}  # whole torchvision trunks: their scale is given
 VARIANCE_RANGE = (1e-7, 1e7)
 
@@ -88,6 +89,24 @@ def laplacian(x):
     return (up - x) + (down - x) + (left - x) + (right - x)
 
 
+def reconstruction_target(x, target, mean, std):
+    """What is to be reconstructed of x: x itself (`target` "image") or its edges ("edges"), see edge_target."""
+    return edge_target(x, mean, std) if target == "edges" else x
+
+
+@torch.no_grad()
+def edge_target(x, mean, std):
+    """Where x has edges, whatever their colours: B×C×H×W -> B×C×H×W.
+
+    tanh(4 m), m the mean over 3×3 pixels of |L|: L has the Laplacians of the C channels of pixels in [0, 1], |·| is the
+    Euclidean norm. All channels of the result are alike, and normalised, as x is, by `mean` and `std`, C numbers each.
+    """
+    mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (mean, std))
+    strength = torch.linalg.vector_norm(laplacian(x) * std, dim=1, keepdim=True)  # B×1×H×W
+    smooth = F.avg_pool2d(strength, 3, stride=1, padding=1, count_include_pad=False)
+    return (torch.tanh(4 * smooth) - mean) / std  # B×C×H×W
+
+
 @torch.no_grad()
 def edge_weights(x, cell):
     """How much each pixel's error counts under --recon-mask edge: B×C×H×W -> B×C×H×W.
@@ -129,14 +148,15 @@ def build_encoder(encoder_arch, channels, scale, ngf=64):
     """φ: an nn.Sequential that maps B×C×H×W -> B×D×h×w, and D. Its children keep torchvision's names.
 
     `resnet` is ResNet-18 cut after log2(scale) - 1 stages; the other torchvision trunks are whole (stride 32);
-    `pyramid` has log2(scale) stages of 4×4 stride-2 convolutions. Nothing is pretrained.
+    `pyramid` has log2(scale) stages of 4×4 stride-2 convolutions, `patches` of 2×2, so that a cell sees only its own
+    pixels. Nothing is pretrained.
     """
     stages = int(math.log2(scale))
     if encoder_arch == "alexnet":
         encoder = AlexNetTrunk(torchvision.models.alexnet(weights=None).features)
         encoder[0] = with_channels(encoder[0], channels)
-    elif encoder_arch == "pyramid":
-        encoder = pyramid_encoder(channels, ngf, stages)
+    elif encoder_arch in ("pyramid", "patches"):
+        encoder = pyramid_encoder(channels, ngf, stages, **_halving(encoder_arch))
     else:
         name = "resnet50" if encoder_arch == "resnet50" else "resnet18"
         children = list(torchvision.models.get_model(name, weights=None).named_children())
@@ -162,11 +182,18 @@ class AlexNetTrunk(nn.Sequential):
         return super().forward(F.pad(x, self.BORDER))
 
 
-def pyramid_encoder(channels, ngf, stages):
-    """`stages` halvings by 4×4 convolutions, ngf channels after the first, doubling with each."""
+def _halving(arch):
+    """The geometry of a convolution that halves (or, transposed, doubles) the resolution."""
+    if arch == "patches":
+        return {"kernel_size": 2, "stride": 2}  # nothing overlaps
+    return {"kernel_size": 4, "stride": 2, "padding": 1}
+
+
+def pyramid_encoder(channels, ngf, stages, **geometry):
+    """`stages` halvings by convolutions of one `geometry`, ngf channels after the first, doubling with each."""
     widths = [channels] + [ngf * 2**k for k in range(stages)]
     blocks = [
-        nn.Sequential(nn.Conv2d(a, b, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2))
+        nn.Sequential(nn.Conv2d(a, b, bias=False, **geometry), nn.BatchNorm2d(b), nn.LeakyReLU(0.2))
         for a, b in zip(widths, widths[1:])
     ]
     return nn.Sequential(*blocks)
@@ -181,9 +208,9 @@ def with_channels(convolution, channels):
 class OccurrenceHead(nn.Module):
     """Where does each part occur? Q^O, its samples, and its distance to the prior."""
 
-    def __init__(self, features, parts, prior, categorical=False, hard=False):
+    def __init__(self, features, parts, prior, categorical=False, hard=False, kernel=3):
         super().__init__()
-        self.convolution = nn.Conv2d(features, parts, 3, padding=1)
+        self.convolution = nn.Conv2d(features, parts, kernel, padding=kernel // 2)
         self.prior, self.categorical, self.hard = prior, categorical, hard
 
     def forward(self, f):
@@ -223,10 +250,10 @@ class OccurrenceHead(nn.Module):
 class AppearanceHead(nn.Module):
     """What does each part look like in this image? Q^A: one Gaussian of size d per part and image."""
 
-    def __init__(self, features, parts, size):
+    def __init__(self, features, parts, size, kernel=3):
         super().__init__()
-        self.mean = nn.Conv2d(features, parts * size, 3, padding=1)
-        self.log_variance = nn.Conv2d(features, parts * size, 3, padding=1)
+        self.mean = nn.Conv2d(features, parts * size, kernel, padding=kernel // 2)
+        self.log_variance = nn.Conv2d(features, parts * size, kernel, padding=kernel // 2)
         self.parts = parts
 
     def forward(self, f, occurrence):
@@ -246,17 +273,21 @@ class AppearanceHead(nn.Module):
 
 
 class PyramidDecoder(nn.Module):
-    """ẑ -> pixels: a 1×1 layer, then k = log2(scale) doublings of the resolution, ending in a valid image."""
+    """ẑ -> pixels: a 1×1 layer, then k = log2(scale) doublings of the resolution, ending in a valid image.
 
-    def __init__(self, latents, channels, scale, mean, std, ngf=64, groups=1):
+    With 4×4 kernels (`arch` pyramid) what a cell says reaches 3·scale - 2 pixels, so that up to nine cells draw
+    a pixel together; with 2×2 kernels (patches) each cell draws its own pixels alone.
+    """
+
+    def __init__(self, latents, channels, scale, mean, std, ngf=64, groups=1, arch="pyramid"):
         super().__init__()
         doublings = int(math.log2(scale))
         widths = [ngf * 2**k for k in reversed(range(doublings))]  # ngf·2^(k-1), …, ngf
         layers = [_up(latents, widths[0], groups, kernel_size=1)]
-        layers += [_up(a, b, groups, kernel_size=4, stride=2, padding=1) for a, b in zip(widths, widths[1:])]
+        layers += [_up(a, b, groups, **_halving(arch)) for a, b in zip(widths, widths[1:])]
         self.layers = nn.Sequential(*layers)
         # The last layer adds the groups up: an image has C channels, not one per part.
-        self.to_pixels = nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1, bias=False)
+        self.to_pixels = nn.ConvTranspose2d(widths[-1], channels, bias=False, **_halving(arch))
         self.register_buffer("pixel_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -295,11 +326,14 @@ class Output(NamedTuple):
 class PatchVAE(nn.Module):
     """A VAE whose bottleneck is made of parts."""
 
-    def __init__(self, encoder, features, decoder, parts, appearance_size, grid, prior, categorical=False, hard=False):
+    def __init__(
+        self, encoder, features, decoder, parts, appearance_size, grid, prior, categorical=False, hard=False, kernel=3
+    ):
+        """`kernel`: of the heads, in cells."""
         super().__init__()
         self.encoder = encoder
-        self.occurrence = OccurrenceHead(features, parts, prior, categorical, hard)
-        self.appearance = AppearanceHead(features, parts, appearance_size)
+        self.occurrence = OccurrenceHead(features, parts, prior, categorical, hard, kernel)
+        self.appearance = AppearanceHead(features, parts, appearance_size, kernel)
         self.decoder = decoder
         self.parts, self.appearance_size, self.grid = parts, appearance_size, grid
 
@@ -376,26 +410,26 @@ class BetaVAE(nn.Module):
 def build_model(options):
     """The model that `options` describes, a dict of plain values that a checkpoint carries.
 
-    Keys: arch, encoder_arch, channels, size, scale, ngf, num_parts, hidden_size, py, categorical, hard, independent,
-    mean, std (one of each per channel).
+    Keys: arch, encoder_arch, decoder_arch, channels, size, scale, ngf, num_parts, hidden_size, py, categorical, hard,
+    independent, mean, std (one of each per channel).
     """
     o = options
     encoder, features = build_encoder(o["encoder_arch"], o["channels"], o["scale"], o["ngf"])
     latent_size, grid = o["num_parts"] * o["hidden_size"], o["size"] // o["scale"]
     groups = o["num_parts"] if o["independent"] else 1
     inputs = o["ngf"] if o["arch"] == "vae" else latent_size
-    decoder = PyramidDecoder(inputs, o["channels"], o["scale"], o["mean"], o["std"], o["ngf"], groups)
+    pixels = o["channels"], o["scale"], o["mean"], o["std"]
+    decoder = PyramidDecoder(inputs, *pixels, o["ngf"], groups, o.get("decoder_arch", "pyramid"))
     if o["arch"] == "vae":
         return BetaVAE(encoder, features, decoder, latent_size, grid, o["ngf"])
-    return PatchVAE(
-        encoder, features, decoder, o["num_parts"], o["hidden_size"], grid, o["py"], o["categorical"], o["hard"]
-    )
+    parts = o["num_parts"], o["hidden_size"], grid, o["py"], o["categorical"], o["hard"]
+    return PatchVAE(encoder, features, decoder, *parts, kernel=1 if o["encoder_arch"] == "patches" else 3)
 
 
 # ---------------------------------------------------------------------------------------------------- recognition
 
 # --freeze names of the paper's protocol: how many children of the encoder end with convolution block 1, 3, 5
-NAMED_CUTS = {"resnet": (4, 6, 8), "alexnet": (3, 8, 13), "pyramid": (1, 3, 5)}
+NAMED_CUTS = {"resnet": (4, 6, 8), "alexnet": (3, 8, 13), "pyramid": (1, 3, 5), "patches": (1, 3, 5)}
 
 
 class Classifier(nn.Module):

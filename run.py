@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import modules
-from datasets import open_split
+from datasets import normalisation, open_split
 from utils import checkpoints, console, grids, loop, options, ranks, runtime, tracking
 
 ACTIVE = 0.01  # variance over images above which a latent is in use (Burda et al. 2016, section 5.2)
@@ -24,7 +24,7 @@ SHOWN = 12  # images in the pictures of every epoch
 FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "no_cuda")
 FREE += ("num_epochs", "save_interval", "save_minutes")
 # Options that --evaluate takes from the model file, as the training had them, unless they are given.
-TESTED_WITH = ("dataset", "data_folder", "batch_size", "beta_a", "beta_v", "recon_mask")
+TESTED_WITH = ("dataset", "data_folder", "batch_size", "beta_a", "beta_v", "target", "recon_mask")
 CONTENTS = ("args.json", "model.pt", "checkpoints", "logs", "images", "metrics.jsonl")  # of the output folder
 
 
@@ -48,6 +48,11 @@ def build_parser():
     loss.add_argument(
         "--beta-v", "--beta-occ", type=console.real(0), default=10.0, metavar="X",
         help="weight of the occurrence's KL term; lower it if the parts stay near their prior (default: %(default)s)",
+    )
+    loss.add_argument(
+        "--target", default="image", choices=("image", "edges"),
+        help="what is reconstructed: the image, or where it has edges; colour pays in the first and parts divide by "
+        "it, in the second only local shape pays (default: %(default)s)",
     )
     loss.add_argument(
         "--recon-mask", choices=("edge",),
@@ -127,7 +132,7 @@ def parse(argv):
     if args.evaluate:
         for name in TESTED_WITH:
             if name not in given:
-                setattr(args, name, file["args"][name])
+                setattr(args, name, file["args"].get(name, getattr(args, name)))  # older files know fewer
     if file:
         options.follow_file(args, given, file["options"], args.pretrained)
     options.complete(args, given)
@@ -136,6 +141,8 @@ def parse(argv):
         options.check_batch(min(args.batch_size, args.img_per_epoch), (args.size // args.scale) ** 2)
     if args.overwrite and args.pretrained == os.path.join(args.output_folder, "model.pt"):
         raise console.UsageError(f"--overwrite would delete {args.pretrained} first; give another --output-folder")
+    if args.target == "edges" and args.recon_mask:
+        raise console.UsageError("--target edges has edges alone to reconstruct; drop --recon-mask or the target")
     if args.min_temp > args.temp:
         raise console.UsageError(f"--min-temp {args.min_temp:g} is above --temp {args.temp:g}; swap them or drop one")
     return args, file, None
@@ -237,7 +244,12 @@ def train_step(args, model, optimizer, x, batch_size, progress):
 def loss(args, x, output):
     """The loss terms of a batch as the options weigh them: a dict of vectors of length B."""
     cell = args.scale if args.recon_mask == "edge" else None
-    return modules.loss_terms(x, output, args.beta_a, args.beta_v, cell)
+    return modules.loss_terms(target_of(args, x), output, args.beta_a, args.beta_v, cell)
+
+
+def target_of(args, x):
+    """What --target wants reconstructed of x: B×C×H×W -> B×C×H×W."""
+    return modules.reconstruction_target(x, args.target, *normalisation(x.shape[1], args.inet))
 
 
 @torch.no_grad()
@@ -335,8 +347,9 @@ def draw_pictures(args, model, test):
     x = test.examples(SHOWN)  # SHOWN×C×H×W
     mean, std = test.mean.flatten().tolist(), test.std.flatten().tolist()
     output = model(x)
-    originals, copies = (list(grids.to_rgb(images, mean, std)) for images in (x, output.reconstruction))
-    pictures = {"reconstructions": grids.grid([originals, copies])}
+    rows = [x, output.reconstruction] if args.target == "image" else [x, target_of(args, x), output.reconstruction]
+    originals, *_, copies = rows = [list(grids.to_rgb(images, mean, std)) for images in rows]
+    pictures = {"reconstructions": grids.grid(rows)}
     if output.posterior.occurrence is not None:
         pictures["occurrence"] = grids.occurrence_grid(originals, copies, output.posterior.occurrence.cpu().numpy())
     runtime.seed_step(args.seed, 0)  # the same draws after every epoch

@@ -61,6 +61,7 @@ BAD_INPUT = [
     ("--arch unet", 2, ["--arch", "patchy"]),
     ("--encoder-arch vgg", 2, ["--encoder-arch", "resnet"]),
     ("--recon-mask all", 2, ["--recon-mask", "edge"]),
+    ("--target edges --recon-mask edge", 2, ["--target edges", "--recon-mask"]),
     ("--scale 7", 2, ["--scale 7", "4, 8, 16 or 32"]),
     ("--scale 64", 2, ["--scale 64"]),
     ("--encoder-arch resnet50 --scale 8", 2, ["--scale 8", "resnet50", "32"]),

@@ -243,6 +243,52 @@ def test_decoder_covers_exactly_the_valid_pixels(inet, channels):
         assert image[:, channel].max().item() == pytest.approx(white, abs=1e-5)
 
 
+PATCHES = {"encoder_arch": "patches", "decoder_arch": "patches"}
+
+
+def test_patches_keep_to_their_cells():
+    model = build(**PATCHES).eval()
+    x = torch.rand(1, 3, 32, 32)
+    touched = x.clone()
+    touched[..., 8:16, 16:24] += 1  # the cell in row 1, column 2
+    moved = model.encode(touched).occurrence - model.encode(x).occurrence
+    assert moved.abs().amax(dim=(0, 1)).nonzero().tolist() == [[1, 2]]
+
+    latents = torch.randn(1, 96, 4, 4)
+    changed = latents.clone()
+    changed[..., 1, 2] += 1
+    drawn = (model.decoder(changed) - model.decoder(latents))[0].abs().amax(dim=0) > 0
+    inside = torch.zeros(32, 32, dtype=torch.bool)
+    inside[8:16, 16:24] = True
+    assert drawn[inside].all() and not drawn[~inside].any()
+
+
+def test_a_cell_of_the_pyramid_draws_far_beyond_itself():
+    decoder = build(size=64).decoder.eval()
+    latents = torch.randn(1, 96, 8, 8)
+    changed = latents.clone()
+    changed[..., 4, 4] += 1
+    drawn = ((decoder(changed) - decoder(latents))[0].abs().amax(dim=0) > 0).nonzero()
+    assert (drawn.amax(dim=0) - drawn.amin(dim=0) + 1).tolist() == [3 * 8 - 2] * 2
+
+
+@pytest.mark.parametrize("inet", [False, True])
+def test_the_edge_target_sees_shape_and_not_colour(inet):
+    mean, std = normalisation(3, inet)
+    to_normal = [torch.tensor(values).view(-1, 1, 1) for values in (mean, std)]
+    unit = 0.4 + 0.1 * torch.rand(4, 3, 16, 16)
+    tinted, flat = 0.5 * unit + torch.rand(4, 3, 1, 1), torch.full_like(unit, 0.3)
+    edges = [
+        modules.edge_target((pixels - to_normal[0]) / to_normal[1], mean, std) * to_normal[1] + to_normal[0]
+        for pixels in (unit, 1 - unit, unit[:, [2, 0, 1]], tinted, flat)
+    ]
+    assert 0.1 < edges[0].min() and edges[0].max() < 0.99 and torch.allclose(edges[0][:, :1], edges[0], atol=1e-5)
+    for other in edges[1:3]:  # inverted, with channels exchanged
+        torch.testing.assert_close(other, edges[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(edges[3].atanh(), 0.5 * edges[0].atanh(), rtol=1e-2, atol=1e-3)  # half as strong
+    assert edges[4].abs().max() < 1e-6  # flat
+
+
 def test_independent_parts_do_not_mix_before_the_pixels():
     model = build(independent=True).eval()
     latents = torch.zeros(1, 96, 4, 4)
@@ -257,7 +303,7 @@ def test_independent_parts_do_not_mix_before_the_pixels():
     [
         {}, {"arch": "vae"}, {"hard": True}, {"categorical": True}, {"categorical": True, "hard": True},
         {"independent": True}, {"scale": 4}, {"scale": 16}, {"scale": 32}, {"encoder_arch": "pyramid"},
-        {"encoder_arch": "pyramid", "scale": 2}, {"encoder_arch": "resnet18", "scale": 32},
+        PATCHES, {"encoder_arch": "pyramid", "scale": 2}, {"encoder_arch": "resnet18", "scale": 32},
         {"encoder_arch": "resnet50", "scale": 32}, {"encoder_arch": "alexnet", "scale": 32},
         {"encoder_arch": "alexnet", "scale": 32, "size": 96}, {"arch": "vae", "scale": 4},
     ],

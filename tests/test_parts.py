@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import modules
-from utils import checkpoints, console, grids, parts, survey, tables
+from utils import checkpoints, console, parts, survey, tables
 
 FILES = ["illustration.png", "logs_parts", "parts.json", "parts.png", "swap.png", "traversal.png"]
 QUICK = ["--workers", "0", "--ablation-images", "20"]
@@ -147,7 +147,7 @@ def test_patches_are_as_large_as_the_help_says(make):
 def test_switching_off_costs_what_two_decodings_differ_by(make):
     model = modules.build_model(checkpoints.load(make(), checkpoints.MODEL)["options"]).eval()
     x = torch.rand(10, 1, 32, 32)
-    error, rises = survey.contributions(model, x, batch_size=4)
+    error, rises = survey.contributions(model, x, x, batch_size=4)
     with torch.no_grad():
         posterior = model.encode(x)
         without = posterior.occurrence.clone()

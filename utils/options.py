@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 
 from datasets import DATA_SETS, normalisation
-from modules import ARCHS, ENCODERS, FIXED_STRIDE
+from modules import ARCHS, DECODERS, ENCODERS, FIXED_STRIDE
 from utils import batches, cache, checkpoints, ranks, tracking
 from utils.console import RunError, UsageError, above, whole
 
-DECODERS = ("pyramid",)
-SCALES = {"resnet": (4, 8, 16, 32), "pyramid": (2, 4, 8, 16, 32, 64)}
+SCALES = {"resnet": (4, 8, 16, 32)} | dict.fromkeys(("pyramid", "patches"), (2, 4, 8, 16, 32, 64))
 # What a model file knows of itself; where the command line says otherwise, it contradicts the file.
 DESCRIBED = ("arch", "encoder_arch", "decoder_arch", "size", "inet", "ngf", "independent", "scale", "num_parts")
 DESCRIBED += ("hidden_size", "py", "categorical", "hard")
@@ -69,9 +68,13 @@ def add_model_options(parser):
     group.add_argument(
         "--encoder-arch", default="resnet", choices=ENCODERS,
         help="resnet: ResNet-18 cut at --scale; resnet18, resnet50, alexnet: whole, scale 32; pyramid: plain stride-2 "
-        "convolutions (default: %(default)s)",
+        "convolutions; patches: the same, but a cell sees only its own pixels (default: %(default)s)",
     )
-    group.add_argument("--decoder-arch", default="pyramid", choices=DECODERS, help="(default: %(default)s)")
+    group.add_argument(
+        "--decoder-arch", default="pyramid", choices=DECODERS,
+        help="patches: a cell draws only its own pixels, so its part has to say what is there; with pyramid neighbours "
+        "help, which looks smoother (default: %(default)s)",
+    )
     group.add_argument(
         "--ngf", type=whole(1), default=64, metavar="K",
         help="width: channels of the decoder's last hidden layer and of pyramid's first (default: %(default)s)",

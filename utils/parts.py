@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from datasets import SPLITS, open_split  # noqa: E402
+import modules  # noqa: E402
+from datasets import SPLITS, normalisation, open_split  # noqa: E402
 from utils import batches, console, grids, options, survey, tables, tracking, trained  # noqa: E402
 
 ACTIVE = 0.01  # variance over images above which a latent is in use, as in run.py
@@ -94,7 +95,9 @@ def main(argv=None):
     folder = tracking.prepare_folder(args.output_folder, CONTENTS, keep=True)
     figures = survey.watch(model, images, args.batch_size, kept=COLUMNS + max(COLUMNS, args.patches))
     examples = images.examples(args.ablation_images)
-    error, rises = survey.contributions(model, examples, args.batch_size)
+    moments = normalisation(examples.shape[1], args.inet)
+    target = modules.reconstruction_target(examples, args.target, *moments)
+    error, rises = survey.contributions(model, examples, target, args.batch_size)
     field = survey.receptive_field(model.encoder)
     patch = patch_size(args, field)
     parts = [describe(figures, part, float(rises[part]), images.source, args.patches) for part in range(args.num_parts)]

@@ -84,20 +84,21 @@ def watch(model, images, batch_size, kept):
 
 
 @torch.no_grad()
-def contributions(model, x, batch_size):
+def contributions(model, x, target, batch_size):
     """The squared error of an image, and its rise when a part's occurrence is set to 0: a float, N floats.
 
-    Both summed over pixels, in normalised units, and averaged over x: B×C×H×W.
+    Both summed over pixels, in normalised units, and averaged over x: B×C×H×W; `target`: what is to be reconstructed
+    of it, of the same shape.
     """
     kept = 1 - torch.eye(model.parts, device=x.device)  # a row for each part: all but this
     kept = torch.cat([torch.ones_like(kept[:1]), kept])
-    errors, batches_of_x = np.zeros(len(kept)), x.split(batch_size)
-    with tqdm(total=len(kept) * len(batches_of_x), desc="switch off", leave=False, disable=None) as bar:
-        for some in batches_of_x:
+    errors, pairs = np.zeros(len(kept)), list(zip(x.split(batch_size), target.split(batch_size)))
+    with tqdm(total=len(kept) * len(pairs), desc="switch off", leave=False, disable=None) as bar:
+        for some, wanted in pairs:
             latents = model.latents(model.encode(some)).unflatten(1, (model.parts, -1))  # B×N×d×h×w
             for number, row in enumerate(kept):
                 copy = model.decoder((latents * row[:, None, None, None]).flatten(1, 2))  # B×C×H×W
-                errors[number] += float((copy - some).square().sum(dtype=torch.float64)) / len(x)
+                errors[number] += float((copy - wanted).square().sum(dtype=torch.float64)) / len(x)
                 bar.update()
     return float(errors[0]), errors[1:] - errors[0]
 

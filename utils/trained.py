@@ -24,7 +24,7 @@ def open_model(args, given):
     """
     device = runtime.choose_device(args.no_cuda)
     model, file = load_model(args.pretrained, device)
-    for name in ("dataset", "data_folder"):
+    for name in ("dataset", "data_folder", "target"):
         if name not in given:
             setattr(args, name, file["args"][name])
     options.follow_file(args, given, file["options"], args.pretrained)
