@@ -406,12 +406,12 @@ def test_view_shows_the_images_that_were_watched(make, monkeypatch):
     expected = tables.cut(view.rgb(everything[numbers[:1]])[0], (8 * row + 3.5, 8 * column + 3.5), 22)
     assert np.array_equal(view.around(4, ranks)[0], expected)
     label = view.batches.source.labels[int(numbers[0])]
-    assert view.captions(4, ranks)[0] == f"{best[numbers[0]]:.2f}  {label}"
+    assert view.captions(4, ranks)[0] == f"{best[numbers[0]]:.2f} {label}"
 
 
 def test_framed_draws_around_what_is_cut():
     image = np.full((32, 32, 3), 90, np.uint8)
-    framed = tables.framed(image, (15.5, 15.5), 8)  # pixels 12 to 19, drawn twice as large
+    framed = tables.framed(image, (15.5, 15.5), 8, smallest=64)  # pixels 12 to 19, drawn twice as large
     changed = np.flatnonzero((framed != 90).any(axis=(1, 2)))
     assert framed.shape == (64, 64, 3) and (changed[0], changed[-1]) == (23, 40)
     assert (framed[27:37, 27:37] == 90).all()
@@ -419,7 +419,7 @@ def test_framed_draws_around_what_is_cut():
 
 def test_table_places_every_tile_where_its_row_and_column_are():
     tiles = [np.full((16, 16, 3), value, np.uint8) for value in (10, 20, 30)]
-    sheet = np.asarray(tables.table([tables.Row([], tiles[:1]), tables.Row([], [tiles[1], None, tiles[2]])]))
+    sheet = np.asarray(tables.table([tables.Row([], tiles[:1]), tables.Row([], [tiles[1], None, tiles[2]])], smallest=64))
     for value in (10, 20, 30):
         assert (sheet == value).all(axis=2).sum() == 64 * 64
     columns = [np.flatnonzero((sheet == value).all(axis=(2)).any(axis=0))[0] for value in (10, 20, 30)]

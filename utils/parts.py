@@ -228,7 +228,7 @@ class View(NamedTuple):
         """The probability in the surest cell, and the image's class."""
         values = [f"{value:.2f}" for value in self.figures["top"][part][ranks]]
         names = class_names(self.batches.source, self._numbers(part, ranks))
-        return [f"{value}  {name}" for value, name in zip(values, names)] or values
+        return [f"{value} {name}" for value, name in zip(values, names)] or values
 
     def row(self, part, tiles, captions=(), brief=False):
         """A table's row, with what parts.json says of the part beside it."""

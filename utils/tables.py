@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from utils.grids import CAPTION, GAP, INK, PAPER
 
 WARNING, NEUTRAL, BREAK = (180, 0, 0), 128, 12  # ink of a remark, grey beyond an image's border, width of a gap
-SMALLEST, LARGEST = 64, 128  # sides of the tiles of a table, pixels
+SMALLEST, LARGEST = 66, 128  # sides of the tiles of a table, pixels
 
 
 class Row(NamedTuple):
