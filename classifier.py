@@ -5,26 +5,21 @@
 """
 
 import argparse
-import csv
 import math
 import time
 from pathlib import Path
 
 import numpy as np
-import sklearn.metrics
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import modules
 from datasets import DATA_SETS, open_split
-from utils import checkpoints, console, features, grids, loop, options, ranks, runtime, tracking
+from utils import checkpoints, console, features, loop, options, ranks, recognition, runtime, tracking
 
 SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the encoders that run.py trains
 CUTS = ("conv1", "conv1-3", "conv1-5")
-# What results.json says of how the figures came about: always, and where a head or a network was trained.
-PROTOCOL = ("arch", "encoder_arch", "scale", "pretrained", "random_init", "label_fraction")
-TRAINED_WITH = ("freeze", "epochs", "step", "lr", "momentum", "wd", "batch_size")
 # Options that a resumed run may change: they do not touch its figures.
 FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "save_minutes", "no_cuda", "gpu")
 CHECKPOINTS = "checkpoints_classifier"  # the folder of the last three states; checkpoint.pt is the newest of them
@@ -206,7 +201,7 @@ def main(argv=None):
     prepare_layers(args, model)
     if args.evaluate:
         figures, _, _ = evaluate(model, test, args.batch_size)
-        print(f"test  {in_words(figures)}")
+        print(f"test  {recognition.in_words(figures)}")
         return figures
     folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
     if ranks.is_main():
@@ -214,7 +209,7 @@ def main(argv=None):
     judge = probe if args.linear or args.knn else fit
     results, scores, labels = judge(args, model, train, test, folder, checkpoint)
     if ranks.is_main():
-        write_results(args, folder, model.frozen, classes, results, scores, labels)
+        recognition.write(args, folder, model.frozen, classes, results, scores, labels)
     return results
 
 
@@ -363,7 +358,7 @@ def fit(args, model, train, test, folder, checkpoint=None):
             keeper.after_step(regular=progress.epoch_ends)
         restore(model, checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER))
         _, scores, labels = evaluate(network, test, args.batch_size)
-        tracker.picture("confusion", last_step, confusion_picture(scores, labels), "confusion.png")
+        tracker.picture("confusion", last_step, recognition.confusion_picture(scores, labels), "confusion.png")
     return {"best": progress.best, "last": progress.last}, scores, labels
 
 
@@ -430,15 +425,7 @@ def evaluate(network, test, batch_size, heed=iter):
     network.eval()
     batches = [(network(x).cpu(), labels.cpu()) for x, labels in heed(test.in_order(batch_size))]
     scores, labels = (ranks.gather_rows(torch.cat(parts), len(test)) for parts in zip(*batches))
-    return {"loss": F.cross_entropy(scores, labels).item(), **accuracy(scores, labels)}, scores, labels
-
-
-def accuracy(scores, labels):
-    """Percentages of labels (N) that have the highest score of N×classes, or one of the five highest."""
-    shares = {"top1": (scores.argmax(1) == labels).double().mean().item() * 100}
-    if scores.shape[1] > 5:
-        shares["top5"] = (scores.topk(5, dim=1).indices == labels[:, None]).any(1).double().mean().item() * 100
-    return shares
+    return {"loss": F.cross_entropy(scores, labels).item(), **recognition.accuracy(scores, labels)}, scores, labels
 
 
 def report(args, progress, tracker):
@@ -448,7 +435,7 @@ def report(args, progress, tracker):
         "learning_rate": learning_rate_at(progress.epoch, args.lr, args.step),
         "images_per_second": progress.speed,
     }
-    words = f"train {in_words(means)}  test {in_words(last)}  lr {state['learning_rate']:g}"
+    words = f"train {recognition.in_words(means)}  test {recognition.in_words(last)}  lr {state['learning_rate']:g}"
     tqdm.write(f"epoch {last['epoch']}/{args.epochs}  {words}  {state['images_per_second']:.0f} images/s")
     tracker.event("test", step=step, train=means, **state, **last)
     figures = {f"{name}/train": value for name, value in means.items()}
@@ -456,12 +443,7 @@ def report(args, progress, tracker):
     tracker.scalars(step, {**figures, **state})
 
 
-def in_words(figures):
-    words = {"loss": "loss {:.3f}", "top1": "top-1 {:.2f}", "top5": "top-5 {:.2f}"}
-    return "  ".join(words[name].format(figures[name]) for name in words if name in figures)
-
-
-# ---------------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------------- probes
 
 
 def probe(args, model, train, test, folder, checkpoint=None):
@@ -482,44 +464,11 @@ def probe(args, model, train, test, folder, checkpoint=None):
             scores, settings = fit_and_score(
                 x.numpy(), labels.numpy(), test_x.numpy(), len(train.source.classes), args.seed
             )
-            scores = torch.from_numpy(scores)
-            results[name] = {**accuracy(scores, test_labels), **settings, "seconds": time.perf_counter() - started}
-            print(f"{name}  {in_words(results[name])}  {settings}")
-    confusion_picture(scores, test_labels).save(folder / "confusion.png")
+            scores, seconds = torch.from_numpy(scores), time.perf_counter() - started
+            results[name] = {**recognition.accuracy(scores, test_labels), **settings, "seconds": seconds}
+            print(f"{name}  {recognition.in_words(results[name])}  {settings}")
+    recognition.confusion_picture(scores, test_labels).save(folder / "confusion.png")
     return results, scores, test_labels
-
-
-def write_results(args, folder, frozen, classes, results, scores, labels):
-    """results.json and per_class.csv, and the last words on the console."""
-    names = PROTOCOL + (() if args.linear or args.knn else TRAINED_WITH)
-    protocol = {name: getattr(args, name) for name in names} | {"frozen_children": frozen}
-    data = {name: getattr(args, name) for name in ("dataset", "data_folder", "size", "inet")}
-    content = {
-        "protocol": protocol,
-        "data": {**data, "classes": len(classes), "test_images": len(labels)},
-        "seed": args.seed,
-    }
-    tracking.write_json(folder / "results.json", {**results, **content, **runtime.record()})
-    hits, images = (
-        torch.bincount(part, minlength=len(classes)) for part in (labels[scores.argmax(1) == labels], labels)
-    )
-    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", "images", "correct", "accuracy"])
-        for name, right, count in zip(classes, hits.tolist(), images.tolist()):
-            writer.writerow([name, count, right, f"{100 * right / count:.2f}" if count else ""])
-    if "best" in results:
-        best = results["best"]
-        print(f"best (chosen on these test images, so a little flattered): epoch {best['epoch']}  {in_words(best)}")
-        print(f"last: epoch {results['last']['epoch']}  {in_words(results['last'])}")
-    of = "knn" if args.knn else "linear" if args.linear else "the best epoch"
-    print(f"results.json, and of {of} per_class.csv and confusion.png, are in {tracking.relative(folder)}")
-
-
-def confusion_picture(scores, labels):
-    """Rows: true classes, columns: predicted ones, each row's shares as heat: a PIL image."""
-    matrix = sklearn.metrics.confusion_matrix(labels, scores.argmax(1), labels=range(scores.shape[1]), normalize="true")
-    return grids.matrix(matrix)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import classifier
 import datasets
 import run
-from utils import batches, checkpoints, console, features
+from utils import batches, checkpoints, console, features, recognition
 
 QUICK = ["--dataset", "digits", "--workers", "0", "--epochs", "2", "--ngf", "16"]
 
@@ -229,9 +229,9 @@ def test_learning_rate_falls_every_step_epochs():
 
 def test_accuracy_is_that_of_the_definition():
     scores = torch.tensor([[9.0, 1, 2, 3, 4, 5], [9.0, 1, 2, 3, 4, 5], [9.0, 1, 2, 3, 4, 5], [0.0, 1, 2, 3, 4, 5]])
-    figures = classifier.accuracy(scores, torch.tensor([0, 1, 5, 5]))
+    figures = recognition.accuracy(scores, torch.tensor([0, 1, 5, 5]))
     assert figures == {"top1": 50.0, "top5": 75.0}
-    assert set(classifier.accuracy(scores[:, :3], torch.tensor([0, 0, 0, 2]))) == {"top1"}
+    assert set(recognition.accuracy(scores[:, :3], torch.tensor([0, 0, 0, 2]))) == {"top1"}
 
 
 def test_few_labels_are_stratified_and_seeded():

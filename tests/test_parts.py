@@ -293,7 +293,7 @@ def test_pictures_have_a_row_for_each_part_and_a_column_for_each_patch(looked, t
     folder = looked[1]
     look(folder.parent / "model.pt", "--patches", 20, "--output-folder", tmp_path)
     picture, wide = (Image.open(place / "parts.png") for place in (folder, tmp_path))
-    assert wide.width - picture.width == 8 * 66 and wide.height == picture.height > 16 * 80
+    assert wide.width - picture.width == 8 * 82 and wide.height == picture.height > 16 * 80
     assert Image.open(folder / "traversal.png").height > 16 * 66
     swap, illustration = (Image.open(folder / f"{name}.png") for name in ("swap", "illustration"))
     assert swap.width > 8 * 98 < illustration.width and swap.height > 6 * 98 and illustration.height > 4 * 98
@@ -419,7 +419,8 @@ def test_framed_draws_around_what_is_cut():
 
 def test_table_places_every_tile_where_its_row_and_column_are():
     tiles = [np.full((16, 16, 3), value, np.uint8) for value in (10, 20, 30)]
-    sheet = np.asarray(tables.table([tables.Row([], tiles[:1]), tables.Row([], [tiles[1], None, tiles[2]])], smallest=64))
+    rows = [tables.Row([], tiles[:1]), tables.Row([], [tiles[1], None, tiles[2]])]
+    sheet = np.asarray(tables.table(rows, smallest=64))
     for value in (10, 20, 30):
         assert (sheet == value).all(axis=2).sum() == 64 * 64
     columns = [np.flatnonzero((sheet == value).all(axis=(2)).any(axis=0))[0] for value in (10, 20, 30)]
