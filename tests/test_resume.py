@@ -73,6 +73,17 @@ def test_a_signal_loses_no_step_and_the_resumed_run_is_bitwise_the_same(number, 
     assert_same(tmp_path, uninterrupted)
 
 
+def test_a_second_signal_does_not_wait_for_the_step(tmp_path):
+    process = start(tmp_path, "--ngf", "64", "--img-per-epoch", "8192", "--batch-size", "4096", "--log-interval", "1")
+    wait_for(process, tmp_path, '"step": 1')
+    for _ in range(2):
+        process.terminate()
+        time.sleep(2.1)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 143 and "stopped at once, without saving" in errors and errors.count("\n") == 1
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_kill_9_at_random_instants_is_survived(uninterrupted, tmp_path):
     """Every attempt is killed a little later, until one gets through."""
     generator, kills = random.Random(0), 0

@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 
 import numpy as np
 import PIL
@@ -220,7 +221,9 @@ class Batches:
             worker_init_fn=_quiet_worker,
         )
         try:
-            for pixels, errors in loader:
+            iterator = iter(loader)
+            _let_die(loader.num_workers)
+            for pixels, errors in iterator:
                 if errors and broken is None:
                     raise RunError(next(iter(errors.values())))
                 if errors:
@@ -264,10 +267,17 @@ def _as_it_is(batch):
     return batch
 
 
+def _let_die(workers):
+    """The loader notices a dead process by itself; torch's handler would raise wherever the program happens to be."""
+    if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _quiet_worker(worker):
-    """Ctrl-C and SIGTERM reach the whole process group: the main process alone decides what they mean."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C and its like reach the whole process group: the main process alone decides what they mean."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

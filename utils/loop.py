@@ -1,7 +1,11 @@
 """What both training loops share: where they are, when they save, and how they stop."""
 
+import os
 import signal
+import socket
 import statistics
+import sys
+import threading
 import time
 
 import torch
@@ -10,7 +14,7 @@ from tqdm import tqdm
 from utils import checkpoints, ranks, tracking
 from utils.console import Terminated
 
-FORWARDED = 2.0  # seconds in which a second signal is the launcher's copy of the first, in a job of several processes
+COPIES = 2.0  # seconds in which a second signal is a copy of the first: torchrun's, or one that a new child still tells of
 
 
 class Progress:
@@ -129,17 +133,33 @@ class Keeper:
         names = ("SIGINT", "SIGTERM", "SIGUSR1")  # not every system has the last
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         self.before = {number: signal.signal(number, self._note) for number in numbers}
+        self.ears, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        self.before_fd, self.mouth = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False), mouth
+        threading.Thread(target=self._listen, daemon=True).start()
         return self
 
     def __exit__(self, *reason):
+        signal.set_wakeup_fd(self.before_fd)
+        self.mouth.close()  # ends the thread
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        if self.requested is None:
-            self.requested, self.came = int(number), time.monotonic()
-        elif ranks.count() == 1 or time.monotonic() > self.came + FORWARDED:
-            obey(number, "stopped at once, without saving")
+        self.requested = self.requested or int(number)
+
+    def _listen(self):
+        """Leave at a second signal, from a thread of its own: Python heeds none before a long backward pass ends."""
+        came = None
+        while received := self.ears.recv(1):
+            number = received[0]
+            if number not in self.before:
+                continue
+            if came is None:
+                came = time.monotonic()
+            elif time.monotonic() > came + COPIES:
+                print("stopped at once, without saving", file=sys.stderr, flush=True)
+                os._exit(130 if number == signal.SIGINT else 143)
 
 
 class Interrupted(Exception):
