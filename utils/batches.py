@@ -110,7 +110,7 @@ def choose_cache(wanted, sources, size, device, folder):
             wanted = "ram"
     room = room._replace(host=room.host // ranks.local_count())  # each process keeps its own copy
     mode = cache.choose(wanted, needed, room)
-    places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}", "none": "nowhere; each epoch decodes"}
+    places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}", "none": "nowhere"}
     print(f"cache: {cache.amount(needed)} of decoded images are kept {places[mode]}")
     return mode
 
