@@ -177,7 +177,7 @@ def find_checkpoint(args, given):
     else:
         checkpoint = checkpoints.newest(str(folder / CHECKPOINTS), checkpoints.CLASSIFIER)
     if not args.evaluate:
-        options.own_folder(args, given, str(folder))
+        options.own_folder(args, given, str(folder), CONTENTS[0])
     options.follow_run(args, given, checkpoint["args"], (*FREE, "batch_size") if args.evaluate else FREE)
     return checkpoint
 
@@ -341,7 +341,7 @@ def fit(args, model, train, test, folder, checkpoint=None):
     classes = model.head[-1].out_features
     content = {"kind": checkpoints.CLASSIFIER, "classes": classes, "model": model, "optimizer": optimizer}
     with (
-        tracking.Tracker(folder, "classifier.jsonl", "logs_classifier", progress.step) as tracker,
+        tracking.Tracker(folder, "classifier.jsonl", "logs_classifier", progress.step, progress.owes_test) as tracker,
         loop.Keeper(folder / CHECKPOINTS, args, progress, tracker, folder / "checkpoint.pt", **content) as keeper,
     ):
         if progress.owes_test:

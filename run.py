@@ -137,8 +137,6 @@ def parse(argv):
         options.follow_file(args, given, file["options"], args.pretrained)
     options.complete(args, given)
     args.py = prior(args)
-    if not args.evaluate:
-        options.check_batch(min(args.batch_size, args.img_per_epoch), (args.size // args.scale) ** 2)
     if args.overwrite and args.pretrained == os.path.join(args.output_folder, "model.pt"):
         raise console.UsageError(f"--overwrite would delete {args.pretrained} first; give another --output-folder")
     if args.target == "edges" and args.recon_mask:
@@ -156,7 +154,7 @@ def find_checkpoint(args, given):
     else:
         folder = place.parent if place.name == "checkpoints" else place
         checkpoint = checkpoints.newest(str(folder / "checkpoints"), checkpoints.TRAINING)
-    options.own_folder(args, given, str(folder))
+    options.own_folder(args, given, str(folder), CONTENTS[0])
     options.follow_run(args, given, checkpoint["args"], FREE)
     return checkpoint
 
@@ -173,6 +171,8 @@ def prior(args):
 def main(argv=None):
     """Train, or evaluate, as `argv` says; returns the best test figures: a dict of floats."""
     args, file, checkpoint = parse(argv)
+    if not args.evaluate:
+        options.check_batch(min(args.batch_size, args.img_per_epoch), (args.size // args.scale) ** 2)
     device = runtime.choose_device(args.no_cuda)
     with ranks.main_first():
         sources = [open_split(args.dataset, args.data_folder, split, args.size) for split in ("unlabelled", "test")]
@@ -207,7 +207,7 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
     network = ranks.parallel(model)
     content = {"kind": checkpoints.TRAINING, "model": model, "optimizer": optimizer}
     with (
-        tracking.Tracker(folder, step=progress.step) as tracker,
+        tracking.Tracker(folder, step=progress.step, owes_test=progress.owes_test) as tracker,
         loop.Keeper(folder / "checkpoints", args, progress, tracker, **content) as keeper,
     ):
         if progress.owes_test:

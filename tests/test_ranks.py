@@ -153,7 +153,7 @@ def test_a_restart_does_not_take_a_run_that_was_there_before(finished, monkeypat
     before = (folder / "metrics.jsonl").read_bytes()
     lock = folder / ".lock"
     content = lock.read_text()
-    lock.write_text(content.replace(f"started by process {os.getppid()}", "started by process 1"))
+    lock.write_text(content.replace(f"started by process {os.getppid()} ", f"started by process {os.getppid()} other "))
     with pytest.raises(run.console.UsageError, match="already holds a run"):
         run.main(["--dataset", "digits", "--output-folder", str(folder)])
     lock.write_text(content)
@@ -162,7 +162,7 @@ def test_a_restart_does_not_take_a_run_that_was_there_before(finished, monkeypat
 
 def test_slurms_variables_stand_in_for_torchruns(tmp_path):
     job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
-    job |= {"SLURM_STEP_TASKS_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    job |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_ID": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "run.py"), *OPTIONS, "--num-epochs", "1", "--output-folder", str(tmp_path)]
     processes = [
         subprocess.Popen(

@@ -41,6 +41,9 @@ def write(path, fill):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # a full disk does not name it
+        raise
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -93,7 +96,7 @@ def load(path, kind):
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path}: not a file that this program wrote, or damaged ({reason})") from None
     found = content.get("kind") if isinstance(content, dict) else None

@@ -117,7 +117,8 @@ def _outcome(main):
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
             return 1, "error: out of memory; try a smaller --batch-size or --size"
         if any(word in f"{type(error).__name__} {error}" for word in LOST):
-            return 1, "error: lost the other processes of this job; one of them says why, or was killed"
+            reason = str(error).splitlines()[0]
+            return 1, f"error: lost the other processes of this job; one of them says why, or was killed ({reason})"
         raise
 
 

@@ -68,7 +68,8 @@ class StoredFeatures:
 def fits_in_memory(images, feature_size):
     """Whether images×feature_size float32 fit into half of the memory that is free, and the bytes that they take."""
     needed = images * feature_size * 4
-    return needed * ranks.local_count() < free_memory() / 2, needed
+    lacks = torch.tensor(int(needed * ranks.local_count() >= free_memory() / 2))
+    return not ranks.largest(lacks), needed  # of several processes, where it fits for all
 
 
 def linear_probe(train_features, train_labels, test_features, classes, seed):

@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from utils import checkpoints, ranks, tracking
-from utils.console import Terminated
+from utils.console import RunError, Terminated
 
-COPIES = 2.0  # seconds in which a second signal is a copy of the first: torchrun's, or one that a new child still tells of
+COPIES = 2.0  # seconds in which a second signal is a copy of the first: torchrun's, or a child's that was just forked
 
 
 class Progress:
@@ -89,7 +89,7 @@ class Keeper:
         `content`: what else a checkpoint holds, `model` and `optimizer` by their state.
         """
         self.folder, self.args, self.progress, self.tracker, self.fixed = folder, args, progress, tracker, content
-        self.alias = alias
+        self.alias, self.launcher = alias, os.getppid()
         self.since_save, self.requested = Stopwatch(), None  # the signal's number
 
     def content(self):
@@ -100,6 +100,8 @@ class Keeper:
 
     def after_step(self, regular):
         """Save if it is time (`regular`), was long ago or a signal has come, and grant the signal's wish."""
+        if ranks.count() > 1 and os.getppid() != self.launcher:  # it was killed, and cannot end this process any more
+            self.requested = self.requested or int(signal.SIGTERM)
         overdue = self.since_save.seconds > self.args.save_minutes * 60
         number, overdue = ranks.largest(torch.tensor([self.requested or 0, overdue])).tolist()
         if regular or overdue or number:
@@ -124,10 +126,16 @@ class Keeper:
             return None
 
     def _heed(self, batches):
-        for batch in batches:
-            if self.requested and ranks.count() == 1:  # one process of several cannot leave a common test
+        iterator = iter(batches)
+        while True:
+            batch = next(iterator, None)  # one process of several may have a batch less; it waits with the others
+            number, goes_on = ranks.largest(torch.tensor([self.requested or 0, batch is not None])).tolist()
+            if number:
                 raise Interrupted
-            yield batch
+            if not goes_on:
+                return
+            if batch is not None:
+                yield batch
 
     def __enter__(self):
         names = ("SIGINT", "SIGTERM", "SIGUSR1")  # not every system has the last
@@ -173,9 +181,12 @@ def obey(number, message):
 
 def restore(checkpoint, optimizer, progress, folder):
     """Go on from the content of a checkpoint in `folder` (the model has its weights), and remove those after it."""
-    ranks.check_same(checkpoint["progress"]["step"], "the step that they go on from")
+    try:
+        progress.restore(checkpoint["progress"])
+    except KeyError as error:
+        raise RunError(f"{folder}: an older version wrote the checkpoint (no {error}); start anew") from None
     optimizer.load_state_dict(checkpoint["optimizer"])
-    progress.restore(checkpoint["progress"])
+    ranks.check_same(progress.step, "the step that they go on from")
     if ranks.is_main():
         checkpoints.drop_later(folder, progress.step)
 

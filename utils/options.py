@@ -142,6 +142,8 @@ def open_batches(args, sources, device):
     row = DATA_SETS[args.dataset]
     if min(map(len, sources)) < ranks.count():
         raise RunError(f"{ranks.count()} processes share {min(map(len, sources))} images; start fewer")
+    for source in sources:
+        ranks.check_same(len(source), "the number of images")
     mean, std = normalisation(row.channels, args.inet)
     folder = args.cache_folder or os.path.join(args.data_folder, batches.CACHE_FOLDER)
     mode = batches.choose_cache(args.cache, sources, args.size, device, folder)
@@ -217,8 +219,13 @@ def follow_run(args, given, saved, free):
             setattr(args, name, value)
 
 
-def own_folder(args, given, folder):
-    """Make `folder`, where the run that goes on lies, the output folder. Raises UsageError if another one was given."""
+def own_folder(args, given, folder, marker):
+    """Make `folder`, where the run that goes on lies, the output folder. Raises UsageError if another one was given.
+
+    `marker`: the file that every run's folder holds.
+    """
+    if not os.path.exists(os.path.join(folder, marker)):
+        raise UsageError(f"--resume: {folder} is not the folder of a run (no {marker}); give the run's folder")
     if "output_folder" in given and os.path.realpath(args.output_folder) != os.path.realpath(folder):
         raise UsageError(f"--resume goes on in the run's own folder, {folder}; leave out --output-folder")
     args.output_folder = folder

@@ -8,6 +8,7 @@ import datetime
 import functools
 import os
 import re
+import signal
 import sys
 
 import torch
@@ -16,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.console import RunError
 
+MEETING = datetime.timedelta(minutes=10)  # in which all processes of a job have to start
 PATIENCE = datetime.timedelta(minutes=60)  # how long one process may be busy, with a download say, while others wait
-SLURM_PORTS = range(20_000, 30_000)  # the first rank listens on one of these; the job's number says which
+SLURM_PORTS = range(20_000, 30_000)  # the first rank listens on one of these; the numbers of job and step say which
 
 
 def together(main):
@@ -37,11 +39,32 @@ def together(main):
 
 
 def _meet():
-    store, own_rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID")
     # torchrun's store outlives a failed attempt, and with it the addresses of processes that are gone.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    attempt = " ".join(os.environ.get(name, "") for name in names)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=PATIENCE)
+    with _mortal():
+        try:
+            store, own_rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+            store = dist.PrefixStore(attempt, store)
+            dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=PATIENCE)
+        except RuntimeError as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise RunError(
+                f"the processes of this job do not find each other at {place} ({str(error).splitlines()[0]}); do all "
+                "run, and do MASTER_ADDR and MASTER_PORT (--rdzv-endpoint) name the first machine and a free port?"
+            ) from None
+
+
+@contextlib.contextmanager
+def _mortal():
+    """Here signals end the process at once: Python would heed them only when the waiting is over."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _find_others():
@@ -50,8 +73,8 @@ def _find_others():
         return int(os.environ["WORLD_SIZE"]) > 1
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:  # srun sets it; a batch script that runs by itself is alone
         return False
-    slurm = {name: os.environ[f"SLURM_{name}"] for name in ("PROCID", "LOCALID", "STEP_NUM_TASKS", "JOB_ID")}
-    port = SLURM_PORTS[int(slurm["JOB_ID"]) % len(SLURM_PORTS)]
+    slurm = {name: os.environ[f"SLURM_{name}"] for name in ("PROCID", "LOCALID", "STEP_NUM_TASKS", "JOB_ID", "STEP_ID")}
+    port = SLURM_PORTS[(int(slurm["JOB_ID"]) * 101 + int(slurm["STEP_ID"])) % len(SLURM_PORTS)]
     os.environ |= {"RANK": slurm["PROCID"], "LOCAL_RANK": slurm["LOCALID"], "WORLD_SIZE": slurm["STEP_NUM_TASKS"]}
     os.environ.setdefault("LOCAL_WORLD_SIZE", re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])
     os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))

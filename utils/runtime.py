@@ -22,7 +22,9 @@ def choose_device(no_cuda=False, gpu=None):
         return torch.device("cpu")
     if gpu is not None and ranks.count() > 1:
         raise UsageError(f"--gpu {gpu}: of several processes each has its own GPU; leave it out")
-    if ranks.local_count() > torch.cuda.device_count():
+    if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
+        gpu = 0  # Slurm shows every task its own GPU only
+    elif ranks.local_count() > torch.cuda.device_count():
         raise UsageError(
             f"{ranks.local_count()} processes on a machine with {torch.cuda.device_count()} GPUs: start one per GPU"
         )

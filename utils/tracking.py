@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,13 @@ def _claim(folder):
     lock = open(folder / ".lock", "a+", encoding="utf-8")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by data-loading processes
-    except OSError:
+    except (BlockingIOError, PermissionError):
         lock.seek(0)
         raise RunError(
             f"{folder} is in use by {lock.readline().strip()}; wait for it, or choose another --output-folder"
         ) from None
+    except OSError as error:
+        print(f"warning: {folder} cannot be locked ({error.strerror}): let no other run write into it", file=sys.stderr)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{_launcher()}\n")
     lock.flush()
@@ -71,8 +74,11 @@ def _claim(folder):
 
 
 def _launcher():
-    """The process that started this one; torchrun's stays the same when it starts a failed job again."""
-    return f"started by process {os.getppid()}"
+    """The process that started this one, as no other is called: torchrun's stays when it starts a failed job again."""
+    born = Path(f"/proc/{os.getppid()}/stat")  # numbers come again, in containers above all; the time does not
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    time = born.read_text().rsplit(")", 1)[1].split()[19] + boot.read_text().strip() if born.is_file() else ""
+    return f"started by process {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')} {time}"
 
 
 def held_before(folder):
@@ -133,13 +139,16 @@ class Means:
 class Tracker:
     """Writes a run's figures and pictures into its folder, each at the step it belongs to; on rank 0 only."""
 
-    def __init__(self, folder, lines="metrics.jsonl", logs="logs", step=0):
-        """`step`: the run goes on after this step; what was recorded later is dropped, as it will come again."""
+    def __init__(self, folder, lines="metrics.jsonl", logs="logs", step=0, owes_test=False):
+        """`step`: the run goes on after this step; what was recorded later is dropped, as it will come again.
+
+        `owes_test`: so will the test of this step.
+        """
         self.folder, self.lines, self.board = Path(folder), None, None
         if not ranks.is_main():
             return
         if step:
-            _drop_later_lines(self.folder / lines, step)
+            _drop_later_lines(self.folder / lines, step, owes_test)
         self.lines = open(self.folder / lines, "a", encoding="utf-8")
         self.board = SummaryWriter(self.folder / logs, purge_step=step + 1 if step else None)
 
@@ -187,7 +196,7 @@ class Tracker:
             self.board.add_scalar(name, value)
 
 
-def _drop_later_lines(path, step):
+def _drop_later_lines(path, step, owes_test):
     if not path.exists():
         return
     kept = []
@@ -196,7 +205,8 @@ def _drop_later_lines(path, step):
             event = json.loads(line)
         except ValueError:
             continue  # cut by the end of the process
-        if event.get("step", 0) <= step and event["event"] != "end":
+        comes_again = event["event"] == "end" or owes_test and (event["event"], event["step"]) == ("test", step)
+        if event.get("step", 0) <= step and not comes_again:
             kept.append(line)
     checkpoints.write(path, lambda file: file.write("".join(kept).encode()))
 
