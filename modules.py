@@ -120,6 +120,14 @@ def edge_weights(x, cell):
     return weights.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
 
 
+def plain(values):
+    """`values` in float32 and contiguous, whatever autocast and the layout of convolutions made of them.
+
+    Samples, KL terms and losses need the precision, and noise has to meet the same latents in every layout.
+    """
+    return values.float().contiguous()
+
+
 def place_parts(appearance, occurrence):
     """ẑ: every part's appearance wherever it occurs. B×N×d and B×N×h×w -> B×(N·d)×h×w."""
     placed = appearance[:, :, :, None, None] * occurrence[:, :, None]  # B×N×d×h×w
@@ -215,7 +223,7 @@ class OccurrenceHead(nn.Module):
 
     def forward(self, f):
         """f: B×D×h×w -> logits: B×N×h×w."""
-        return self.convolution(f)
+        return plain(self.convolution(f))
 
     def probability(self, logits):
         """Q^O, B×N×h×w: each part by itself, or one part per cell (`categorical`)."""
@@ -263,13 +271,13 @@ class AppearanceHead(nn.Module):
         """
         weights = occurrence.detach().flatten(2)  # B×N×l, l = h·w
         weights = weights / weights.sum(dim=2, keepdim=True).clamp_min(1e-20)
-        mean, log_variance = (self._pool(head(f), weights) for head in (self.mean, self.log_variance))
+        mean, log_variance = (self._pool(plain(head(f)), weights) for head in (self.mean, self.log_variance))
         low, high = (math.log(bound) for bound in VARIANCE_RANGE)
         return mean, log_variance.clamp(low, high)
 
     def _pool(self, cells, weights):
         cells = cells.flatten(2).unflatten(1, (self.parts, -1))  # B×N×d×l
-        return torch.einsum("bndl,bnl->bnd", cells, weights)
+        return (cells * weights[:, :, None]).sum(dim=3)  # B×N×d; einsum would be a matrix product, in bfloat16
 
 
 class PyramidDecoder(nn.Module):
@@ -294,7 +302,7 @@ class PyramidDecoder(nn.Module):
     def forward(self, latents):
         """B×latents×h×w -> B×C×H×W, every value that a normalised pixel can have and no other."""
         hidden = self.layers(latents)  # B×ngf×H/2×W/2
-        unit = (torch.tanh(self.to_pixels(hidden)) + 1) / 2  # B×C×H×W in [0, 1]
+        unit = (torch.tanh(plain(self.to_pixels(hidden))) + 1) / 2  # B×C×H×W in [0, 1]
         return (unit - self.pixel_mean) / self.pixel_std
 
 
@@ -392,8 +400,8 @@ class BetaVAE(nn.Module):
         """x: B×C×H×W -> Posterior with mean and log-variance of B×1×(N·d)."""
         squeezed = self.squeeze(self.encoder(x))  # B×ngf×h×w
         low, high = (math.log(bound) for bound in VARIANCE_RANGE)
-        mean, log_variance = self.mean(squeezed), self.log_variance(squeezed).clamp(low, high)  # B×(N·d)×1×1
-        return Posterior(mean.flatten(1)[:, None], log_variance.flatten(1)[:, None])
+        mean, log_variance = plain(self.mean(squeezed)), plain(self.log_variance(squeezed))  # B×(N·d)×1×1
+        return Posterior(mean.flatten(1)[:, None], log_variance.clamp(low, high).flatten(1)[:, None])
 
     def latents(self, posterior, temperature=1.0):
         """z: B×1×(N·d), drawn from the posterior in training mode, its mean in evaluation mode."""

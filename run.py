@@ -91,6 +91,7 @@ def build_parser():
         "--seed", type=console.whole(0), default=1, metavar="K",
         help="of weights, order and noise (default: %(default)s)"
     )
+    options.add_precision(training)
     training.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -174,12 +175,13 @@ def main(argv=None):
     if not args.evaluate:
         options.check_batch(min(args.batch_size, args.img_per_epoch), (args.size // args.scale) ** 2)
     device = runtime.choose_device(args.no_cuda)
+    args.precision = runtime.choose_precision(args.precision, device)  # kept: a resumed run must not change it
     with ranks.main_first():
         sources = [open_split(args.dataset, args.data_folder, split, args.size) for split in ("unlabelled", "test")]
     train, test = options.open_batches(args, sources, device)
     described = options.describe_model(args)
     torch.manual_seed(args.seed)
-    model = modules.build_model(described).to(device)
+    model = runtime.channels_last(modules.build_model(described).to(device))
     if file or checkpoint:
         model.load_state_dict((file or checkpoint)["model"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -201,6 +203,7 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
     progress = loop.Progress(steps_per_epoch=math.ceil(args.img_per_epoch / batch_size))
     if checkpoint:
         loop.restore(checkpoint, optimizer, progress, folder / "checkpoints")
+        runtime.match_layout(optimizer)
     last_step = args.num_epochs * progress.steps_per_epoch
     # Order, mirroring and noise are functions of (seed, step): the step is all that has to be remembered of them.
     stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
@@ -233,7 +236,9 @@ def train_step(args, model, optimizer, x, batch_size, progress):
     model.train()
     temperature = modules.temperature_at(progress.step, args.temp, args.anneal, args.min_temp)
     runtime.seed_step(args.seed, progress.step)
-    terms = loss(args, x, model(x, temperature))
+    with runtime.autocast(args.precision, x.device):
+        output = model(x, temperature)
+    terms = loss(args, x, output)
     optimizer.zero_grad()
     ranks.batch_mean(terms["total"], batch_size).backward()
     optimizer.step()

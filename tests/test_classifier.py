@@ -327,7 +327,8 @@ def place(tmp_path_factory, finished, judged):
     for path, name in ((finished[0] / "model.pt", "model.pt"), (best, "best.pt"), (best, "checkpoint.pt")):
         (place / name).write_bytes(path.read_bytes())
     (place / "judged").mkdir()
-    (place / "judged" / "classifier_args.json").write_text("{}")
+    for folder in (place, place / "judged"):
+        (folder / "classifier_args.json").write_text("{}")  # what tells the folder of a run
     paint_classes(place / "strange" / "train", ("ant", "bee"), images=2)
     paint_classes(place / "strange" / "val", ("ant", "cow"), images=2)
     other = checkpoints.load(place / "best.pt", checkpoints.CLASSIFIER)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import call, paint
+from conftest import paint
 from PIL import Image, ImageFont
 from sklearn.decomposition import PCA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -470,13 +470,6 @@ def test_bad_input_is_one_line(options, status, words, bad, capsys, monkeypatch)
     assert line.startswith("parts.py: error: ") and line.count("\n") == 1
     assert all(word in line for word in words), line
     assert not (bad["model"].parent / "parts").exists()
-
-
-def test_the_real_process(make, tmp_path):
-    model = make()
-    done = call("utils/parts.py", "--pretrained", model, *QUICK, "--images", 20, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "") and (model.parent / "parts" / "parts.json").is_file()
-    assert "20 images, 16 parts" in done.stdout
 
 
 def test_help_advises_on_every_option():

@@ -94,7 +94,7 @@ def test_kill_9_at_random_instants_is_survived(uninterrupted, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         kills += 1
-        if kills == 3:
+        if kills == 2:
             break
         process = start(tmp_path, "--resume")
     assert not [path for path in (tmp_path / "checkpoints").glob("*.pt") if not is_whole(path)]

@@ -8,7 +8,7 @@ import torch
 
 from datasets import DATA_SETS, normalisation
 from modules import ARCHS, DECODERS, ENCODERS, FIXED_STRIDE
-from utils import batches, cache, checkpoints, ranks, tracking
+from utils import batches, cache, checkpoints, ranks, runtime, tracking
 from utils.console import RunError, UsageError, above, whole
 
 SCALES = {"resnet": (4, 8, 16, 32)} | dict.fromkeys(("pyramid", "patches"), (2, 4, 8, 16, 32, 64))
@@ -101,6 +101,15 @@ def add_model_options(parser):
         "--independent", action="store_true", help="decode every part by itself and add up; --ngf a multiple of N"
     )
     return group
+
+
+def add_precision(group):
+    """The option --precision."""
+    group.add_argument(
+        "--precision", default="auto", choices=runtime.PRECISIONS,
+        help="bf16 trains about twice as fast: convolutions in bfloat16, weights, sampling, loss and tests in float32; "
+        "auto takes it where the machine has it in hardware, fp32 elsewhere (default: %(default)s)",
+    )
 
 
 def add_save_minutes(group):
@@ -224,10 +233,10 @@ def own_folder(args, given, folder, marker):
 
     `marker`: the file that every run's folder holds.
     """
-    if not os.path.exists(os.path.join(folder, marker)):
-        raise UsageError(f"--resume: {folder} is not the folder of a run (no {marker}); give the run's folder")
     if "output_folder" in given and os.path.realpath(args.output_folder) != os.path.realpath(folder):
         raise UsageError(f"--resume goes on in the run's own folder, {folder}; leave out --output-folder")
+    if not os.path.exists(os.path.join(folder, marker)):
+        raise UsageError(f"--resume: {folder} is not the folder of a run (no {marker}); give the run's folder")
     args.output_folder = folder
 
 

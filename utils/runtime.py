@@ -12,6 +12,8 @@ import torch
 from utils import ranks
 from utils.console import UsageError
 
+PRECISIONS = ("auto", "fp32", "bf16")  # of --precision
+
 
 def choose_device(no_cuda=False, gpu=None):
     """A CUDA device if there is one and it is wanted, the CPU otherwise. `gpu`: its number, or None for the first.
@@ -33,6 +35,38 @@ def choose_device(no_cuda=False, gpu=None):
         raise UsageError(f"--gpu {gpu}: this machine has the GPUs 0 to {torch.cuda.device_count() - 1}")
     torch.cuda.set_device(gpu)  # where NCCL and new tensors go
     return torch.device("cuda", gpu)
+
+
+def choose_precision(wanted, device):
+    """The precision `wanted`, or what "auto" means: "bf16" where `device` multiplies bfloat16 itself, else "fp32"."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    # Of older torch nothing is known; emulated, bfloat16 would be slower than float32.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def autocast(precision, device):
+    """A context in which convolutions and matrix products run in `precision`; weights and gradients stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def channels_last(model):
+    """The same model, its convolutions' weights laid out with the channels innermost, as fast convolutions want it."""
+    return model.to(memory_format=torch.channels_last)
+
+
+def match_layout(optimizer):
+    """Lay the optimizer's state out in memory as its parameters are: fused Adam on the CPU does not look.
+
+    A state saved when the parameters lay otherwise would meet the wrong weights.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def describe(device):

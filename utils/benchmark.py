@@ -1,0 +1,241 @@
+"""Measure how fast training is on this machine, against a plain loop: each epoch decodes anew, eager, float32.
+
+    python utils/benchmark.py
+    python utils/benchmark.py --settings cifar --curves --output benchmark.json
+
+Both variants take turns on the same JPEG files, which are written to a temporary folder; what is shown are medians over
+the turns. Ours is measured once every image is decoded, as from the second epoch on.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import checkpoints, console, runtime, tracking  # noqa: E402
+from utils.variants import QUICK, SETTINGS, VARIANTS  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+CURVES = {"batch-size": (32, 64, 128, 256, 512, 1024), "num-parts": (4, 16, 64, 256), "size": (32, 64, 128, 224)}
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+
+
+def write_images(folder, setting):
+    """Fill `folder` with two classes of JPEG files that take as long to decode as photographs of their size."""
+    generator, (width, height) = np.random.default_rng(0), setting.pixels
+    for number in range(setting.files):
+        path = Path(folder, "ab"[number % 2], f"{number}.jpg")
+        path.parent.mkdir(exist_ok=True)
+        coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), np.uint8)).resize((width, height))
+        noise = generator.normal(0, 12, (height, width, 3))
+        Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(path, quality=85)
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def turn(variant, steps):
+    """One turn: seconds per image end to end and of the step alone, and the share of time spent waiting for data."""
+    source, waited = variant.batches(steps), 0.0
+    batch = next(source)  # the clock starts with full hands: loader processes have been given a start
+    synchronise(variant.device)
+    started = time.perf_counter()
+    while batch is not None:
+        variant.step(*batch)
+        held, asked = batch, time.perf_counter()
+        batch = next(source, None)
+        waited += time.perf_counter() - asked
+    synchronise(variant.device)
+    seconds, started = time.perf_counter() - started, time.perf_counter()
+    for _ in range(steps):
+        variant.step(*held)
+    synchronise(variant.device)
+    images = steps * variant.batch_size
+    return seconds / images, (time.perf_counter() - started) / images, waited / seconds
+
+
+def product_rate(dtype, device):
+    """FLOPs per second of a large matrix product: what the machine can do, at this moment."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    a @ a
+    synchronise(device)
+    started = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    synchronise(device)
+    return 3 * 2 * side**3 / (time.perf_counter() - started)
+
+
+def flops_per_image(variant, batch):
+    """FLOPs of convolutions and matrix products in a training step, per image."""
+    with FlopCounterMode(display=False) as counter:
+        variant.step(*batch)
+    return counter.get_total_flops() / variant.batch_size
+
+
+def peak_memory(name, setting, folder, device):
+    """Bytes at the peak of the GPU, or of this process, made for that; its loader processes are not counted."""
+    variant = VARIANTS[name](setting, folder, device)
+    for batch in variant.batches(2):
+        variant.step(*batch)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # Linux: its ru_maxrss would begin with that of the process which started this one
+        with open("/proc/self/status", encoding="utf-8") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(setting, folder, device, rounds, steps, extra=()):
+    """Medians over `rounds` turns of both variants: a dict of dicts of numbers."""
+    variants = {name: kind(setting, folder, device, extra) for name, kind in VARIANTS.items()}
+    flops = {name: flops_per_image(variant, next(variant.batches(1))) for name, variant in variants.items()}
+    turns = {name: [] for name in variants}
+    dtypes = {name: used_dtype(name, variant.args) for name, variant in variants.items()}
+    rates = {dtype: [] for dtype in dtypes.values()}
+    for _ in range(rounds):
+        for dtype, found in rates.items():
+            found.append(product_rate(dtype, device))
+        for name, variant in variants.items():
+            turns[name].append(turn(variant, steps))
+    figures = {}
+    for name in variants:
+        whole, step, waiting = (statistics.median(column) for column in zip(*turns[name]))
+        reached, possible = flops[name] / step, statistics.median(rates[dtypes[name]])
+        figures[name] = {"images_per_second": 1 / whole, "step_only": 1 / step, "waiting": waiting,
+                         "flops_per_second": reached, "share_of_product": reached / possible}
+    pairs = [[a / b for a, b in zip(plain, ours)][:2] for plain, ours in zip(turns["plain"], turns["ours"])]
+    whole, step = (statistics.median(column) for column in zip(*pairs))
+    return {**figures, "speed_up": whole, "speed_up_step": step}
+
+
+def used_dtype(name, args):
+    return torch.bfloat16 if name == "ours" and getattr(args, "precision", "fp32") == "bf16" else torch.float32
+
+
+def start_up(typed):
+    """Seconds from the command to the end of the first step of run.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "run")
+        command = [sys.executable, str(ROOT / "run.py"), *typed, "--output-folder", str(output), "--log-interval", "1"]
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines = output / "metrics.jsonl"
+        while process.poll() is None and not (lines.exists() and lines.stat().st_size):
+            time.sleep(0.01)
+        seconds = time.perf_counter() - started
+        process.kill()
+        process.wait()
+    if process.returncode > 0:
+        raise console.RunError(f"'{' '.join(command)}' ended with {process.returncode}; run it to see why")
+    return seconds
+
+
+def start_ups(setting, folder, batch_size, quick):
+    """Start-up seconds for drawn shapes and, unless it has to be quick, for a folder of images in a cache on disk."""
+    typed = [*setting.typed.split(), "--batch-size", str(batch_size)]
+    drawn = start_up(["--dataset", "shapes", *typed])
+    if quick:
+        return {"shapes": drawn}
+    cached = ["--dataset", "folder", "--data-folder", str(folder), "--cache", "disk", *typed]
+    start_up(cached)  # builds the cache
+    return {"shapes": drawn, "cached folder": start_up(cached)}
+
+
+def curves(setting, folder, device, rounds):
+    """Images per second of the step alone against batch size, parts and image size: {option: {value: figures}}."""
+    found = {}
+    for option, values in CURVES.items():
+        for value in values:
+            figures = measure(setting, folder, device, rounds, 1, ["--workers", "0", f"--{option}", str(value)])
+            found.setdefault(option, {})[value] = {name: figures[name]["step_only"] for name in VARIANTS}
+            speeds = "  ".join(f"{name} {speed:,.0f} images/s" for name, speed in found[option][value].items())
+            print(f"--{option} {value}: {speeds}", flush=True)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def main(argv=None):
+    """Measure what `argv` asks for, print a table; returns all figures: a dict, as --output holds it."""
+    args = parse(argv)
+    device = runtime.choose_device(args.no_cuda)
+    print(f"{runtime.describe(device)}; {args.rounds} turns of {args.steps} steps", flush=True)
+    found = {"device": runtime.describe(device), "rounds": args.rounds, "settings": {}, **runtime.record()}
+    for name in args.settings:
+        setting = QUICK[SETTINGS[name].is_classifier] if args.quick else SETTINGS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            write_images(folder, setting)
+            figures = measure(setting, folder, device, args.rounds, args.steps)
+            for variant in VARIANTS:
+                figures[variant]["peak_memory"] = in_own_process(peak_memory, variant, setting, folder, device)
+            report(setting, figures)
+            found["settings"][name] = figures
+            if not setting.is_classifier and "start_up" not in found:  # of the first that run.py trains
+                batch = setting.batch if device.type == "cuda" else setting.batch_on_cpu
+                found["start_up"] = start_ups(setting, folder, batch, args.quick)
+                for what, seconds in found["start_up"].items():
+                    print(f"  from the command to the first step, {what}: {seconds:.1f} s", flush=True)
+                if args.curves:
+                    found["curves"] = curves(setting, folder, device, args.rounds)
+    if args.output:
+        tracking.write_json(args.output + checkpoints.UNFINISHED, found)
+        os.replace(args.output + checkpoints.UNFINISHED, args.output)
+    return found
+
+
+def parse(argv):
+    """The checked command line `argv` as a namespace. Raises UsageError."""
+    parser = console.Parser(description=__doc__)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME",
+                        help=f"what to measure: {', '.join(SETTINGS)} (default: all, some minutes on two cores)")
+    parser.add_argument("--rounds", type=console.whole(1), default=5, metavar="K",
+                        help="turns of each variant; more where other programs disturb (default: %(default)s)")
+    parser.add_argument("--steps", type=console.whole(1), default=4, metavar="K",
+                        help="steps of a turn; more where loader processes are to settle (default: %(default)s)")
+    parser.add_argument("--curves", action="store_true",
+                        help="also the first setting's speed against batch size, parts and image size; takes long")
+    parser.add_argument("--quick", action="store_true", help="a tiny model instead, to try the command itself")
+    parser.add_argument("--output", metavar="FILE", help="write all figures to this file, as JSON")
+    parser.add_argument("--no-cuda", action="store_true", help="measure the CPU even where there is a GPU")
+    return parser.parse_args(argv)
+
+
+def in_own_process(function, *arguments):
+    """function(*arguments), computed by a fresh process."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def report(setting, figures):
+    """A setting's lines of the table."""
+    print(f"{setting.words}: {figures['speed_up']:.2f} times as fast, the step {figures['speed_up_step']:.2f} times")
+    print("           images/s  step only  waiting  GFLOP/s  of a product  peak memory")
+    for name in VARIANTS:
+        f = figures[name]
+        print(f"  {name:6} {f['images_per_second']:10,.1f} {f['step_only']:10,.1f} {f['waiting']:8.0%} "
+              f"{f['flops_per_second'] / 1e9:8,.1f} {f['share_of_product']:13.0%} {f['peak_memory'] / 2**20:8,.0f} MiB",
+              flush=True)
+
+
+if __name__ == "__main__":
+    console.run(main)
