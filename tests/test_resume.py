@@ -1,5 +1,6 @@
 """Nothing is lost: a stopped or killed run continues as if nothing had happened; damaged files are noticed."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import classifier
 import run
-from utils import batches, checkpoints, console
+from utils import batches, checkpoints, console, tracking
 
 OPTIONS = ["--dataset", "digits", "--workers", "1", "--ngf", "8", "--encoder-arch", "pyramid", "--num-parts", "4"]
 OPTIONS += ["--img-per-epoch", "64", "--batch-size", "16", "--log-interval", "3", "--num-epochs", "3"]
@@ -238,6 +240,27 @@ def test_a_folder_in_use_is_refused_and_a_killed_holder_does_not_block(tmp_path)
     process.communicate()
     run.main(again)
     assert len(events(tmp_path)) == 4  # two windows, a test, the end
+
+
+def test_a_folder_that_was_killed_while_it_was_cleared_can_be_overwritten(tmp_path, monkeypatch):
+    contents = ("args.json", "model.pt", "metrics.jsonl")
+    for killed_after in range(4):
+        for name in contents:
+            (tmp_path / name).touch()
+        unlink, removed = Path.unlink, []
+
+        def killed(path):
+            if len(removed) == killed_after:
+                raise KeyboardInterrupt
+            removed.append(path)
+            unlink(path)
+
+        monkeypatch.setattr(Path, "unlink", killed)
+        with contextlib.suppress(KeyboardInterrupt):
+            tracking.prepare_folder(tmp_path, contents, overwrite=True)
+        monkeypatch.undo()
+        tracking.prepare_folder(tmp_path, contents, overwrite=True)
+        assert not [name for name in contents if (tmp_path / name).exists()]
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_older_file(uninterrupted, tmp_path, monkeypatch):

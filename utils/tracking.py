@@ -41,7 +41,7 @@ def prepare_folder(folder, contents, overwrite=False, keep=False):
         )
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder)
-    for path in found:
+    for path in reversed(found):  # what tells that it is a run goes last: a kill in between leaves it a run
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for place in (folder, *(folder / name for name in contents)):
         for leftover in place.glob(f"*{checkpoints.UNFINISHED}"):
@@ -212,10 +212,9 @@ def _drop_later_lines(path, step, owes_test):
 
 
 def write_json(path, content):
-    """Write `content` as indented JSON."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+    """Write `content` as indented JSON, complete or not at all."""
+    text = json.dumps(content, indent=2) + "\n"
+    checkpoints.write(path, lambda file: file.write(text.encode()))
 
 
 def relative(path):
