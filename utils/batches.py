@@ -175,8 +175,11 @@ class Batches:
 
     def examples(self, count):
         """x: at most count×C×H×W, images spread evenly over the source."""
-        spread = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
-        pixels, _ = next(self._load([spread], workers=0))
+        return self.chosen(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
+
+    def chosen(self, indices):
+        """x: B×C×H×W, the images at the positions `indices`, an int array of B."""
+        pixels, _ = next(self._load([indices], workers=0))
         return self._normalise(pixels)
 
     def _open_store(self, mode, folder, skip_broken):

@@ -9,7 +9,6 @@ the turns. Ours is measured once every image is decoded, as from the second epoc
 
 import concurrent.futures
 import multiprocessing
-import os
 import resource
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import checkpoints, console, runtime, tracking  # noqa: E402
+from utils import console, runtime, tracking  # noqa: E402
 from utils.variants import QUICK, SETTINGS, VARIANTS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,8 +197,7 @@ def main(argv=None):
                 if args.curves:
                     found["curves"] = curves(setting, folder, device, args.rounds)
     if args.output:
-        tracking.write_json(args.output + checkpoints.UNFINISHED, found)
-        os.replace(args.output + checkpoints.UNFINISHED, args.output)
+        tracking.write_json(args.output, found)
     return found
 
 

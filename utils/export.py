@@ -126,8 +126,7 @@ def cut(twin, arch, children):
     if arch not in TWINS:
         return twin
     if arch == "alexnet":
-        left, right, top, bottom = BORDER
-        return torch.nn.Sequential(torch.nn.ZeroPad2d((left, right, top, bottom)), twin.features)
+        return torch.nn.Sequential(torch.nn.ZeroPad2d(BORDER), twin.features)
     return torch.nn.Sequential(*list(twin.children())[:children])
 
 

@@ -205,12 +205,12 @@ def settle_resume(args, folder_name):
         args.resume, args.overwrite = ("", False) if is_saved else (None, True)
 
 
-def check_batch(images, cells, flag="--batch-size"):
+def check_batch(images, cells):
     """Refuse steps of `images` images, on maps of `cells` cells, that BatchNorm or a process of several cannot use."""
     if images < ranks.count():
-        raise UsageError(f"{flag} {images} leaves some of {ranks.count()} processes without an image; use more")
+        raise UsageError(f"--batch-size {images} leaves some of {ranks.count()} processes without an image; use more")
     if images // ranks.count() * cells == 1:
-        raise UsageError(f"{flag} {images} leaves one value of a channel, which cannot be normalised; use more")
+        raise UsageError(f"--batch-size {images} leaves one value of a channel, which cannot be normalised; use more")
 
 
 def follow_run(args, given, saved, free):

@@ -25,9 +25,9 @@ from torch.utils.tensorboard import SummaryWriter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import modules  # noqa: E402
 from datasets import SPLITS, normalisation, open_split  # noqa: E402
-from utils import batches, console, grids, options, survey, tables, tracking, trained  # noqa: E402
+from run import ACTIVE  # noqa: E402
+from utils import console, grids, options, survey, tables, tracking, trained  # noqa: E402
 
-ACTIVE = 0.01  # variance over images above which a latent is in use, as in run.py
 ABSENT = 0.01  # a part that is placed nowhere with more than this never occurs
 DUPLICATE = 0.9  # correlation of the occurrence maps of two parts that are near-duplicates
 CELLS = 3  # width of a patch in cells, where the receptive field is wider than the image
@@ -193,11 +193,7 @@ class View(NamedTuple):
 
     def images(self, part, ranks):
         """Those images: x, B×C×H×W, normalised."""
-        kept = self.batches
-        pixels, errors = batches.Pixels(kept.source, kept.pixels.size).__getitems__(self._numbers(part, ranks))
-        if errors:
-            raise console.RunError(next(iter(errors.values())))
-        return (pixels.to(kept.device).float() / 255 - kept.mean) / kept.std
+        return self.batches.chosen(self._numbers(part, ranks))
 
     def _numbers(self, part, ranks):
         return self.figures["top_images"][part][ranks]

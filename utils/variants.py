@@ -17,6 +17,7 @@ import run
 from datasets import normalisation, open_split
 from utils import features, loop, options, runtime
 
+
 class Setting(NamedTuple):
     """What is trained on which files; a CPU gets smaller batches where those of a GPU would take minutes."""
 
@@ -43,7 +44,6 @@ TINY = "--size 16 --scale 4 --ngf 8 --encoder-arch pyramid --workers 0 "
 QUICK = {False: Setting("a tiny model, 16 px", TINY, (24, 20), 16, 8, 8),
          True: Setting("classifier: a tiny frozen encoder", TINY + SETTINGS["head"].typed.replace("64", "16"), (24, 20),
                        16, 8, 8, True)}
-
 
 
 class Plain:
