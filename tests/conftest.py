@@ -36,6 +36,22 @@ def call(script, *options, cwd=None, env=None, timeout=240):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=env, timeout=timeout)
 
 
+@pytest.fixture
+def line_of_error(capsys, monkeypatch):
+    """A function that calls a script's main(argv), which has to fail in one line: its exit status and that line."""
+    from utils import console
+
+    def line_of_error(main, argv):
+        monkeypatch.setattr(sys, "argv", ["script.py"])
+        with pytest.raises(SystemExit) as left:
+            console.run(lambda: main(argv))
+        line = capsys.readouterr().err
+        assert line.startswith("script.py: error: ") and line.endswith("\n") and line.count("\n") == 1
+        return left.value.code, line
+
+    return line_of_error
+
+
 @pytest.fixture(scope="session")
 def class_folder(tmp_path_factory):
     """A folder of CLASS/* with twelve images in two classes."""

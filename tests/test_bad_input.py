@@ -1,7 +1,6 @@
 """Bad input: one line on stderr that names the culprit and the remedy, the right exit status, nothing lost."""
 
 import shutil
-import sys
 
 import pytest
 import torch
@@ -104,15 +103,11 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize("options, status, words", BAD_INPUT, ids=[row[0] for row in BAD_INPUT])
-def test_bad_input_is_one_line(options, status, words, place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run.py"])
+def test_bad_input_is_one_line(options, status, words, place, tmp_path, line_of_error):
     arguments = ["--output-folder", str(tmp_path / "out"), *MODEL_OPTIONS, *options.format(place=place).split()]
     before = contents(place / "finished")
-    with pytest.raises(SystemExit) as left:
-        console.run(lambda: run.main(arguments))
-    line = capsys.readouterr().err
-    assert left.value.code == status
-    assert line.startswith("run.py: error: ") and line.count("\n") == 1 and line.endswith("\n")
+    found, line = line_of_error(run.main, arguments)
+    assert found == status
     assert all(word in line for word in words), line
     assert contents(place / "finished") == before
 

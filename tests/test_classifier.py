@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -373,15 +372,11 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize("options, status, words", BAD_INPUT, ids=[row[0] for row in BAD_INPUT])
-def test_bad_input_is_one_line(options, status, words, place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["classifier.py"])
+def test_bad_input_is_one_line(options, status, words, place, tmp_path, line_of_error):
     quick = [option for option in QUICK if "--resume" not in options or option not in ("--ngf", "16")]
     arguments = ["--output-folder", str(tmp_path / "out"), *quick, *options.format(place=place).split()]
-    with pytest.raises(SystemExit) as left:
-        console.run(lambda: classifier.main(arguments))
-    line = capsys.readouterr().err
-    assert left.value.code == status
-    assert line.startswith("classifier.py: error: ") and line.count("\n") == 1
+    found, line = line_of_error(classifier.main, arguments)
+    assert found == status
     assert all(word in line for word in words), line
 
 

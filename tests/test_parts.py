@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from sklearn.decomposition import PCA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import modules
-from utils import checkpoints, console, parts, survey, tables
+from utils import checkpoints, parts, survey, tables
 
 FILES = ["illustration.png", "logs_parts", "parts.json", "parts.png", "swap.png", "traversal.png"]
 QUICK = ["--workers", "0", "--ablation-images", "20"]
@@ -461,13 +460,9 @@ def bad(make):
 
 
 @pytest.mark.parametrize("options, status, words", BAD_INPUT, ids=[row[0] for row in BAD_INPUT])
-def test_bad_input_is_one_line(options, status, words, bad, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["parts.py"])
-    with pytest.raises(SystemExit) as left:
-        console.run(lambda: parts.main(options.format(**bad).split()))
-    line = capsys.readouterr().err
-    assert left.value.code == status
-    assert line.startswith("parts.py: error: ") and line.count("\n") == 1
+def test_bad_input_is_one_line(options, status, words, bad, line_of_error):
+    found, line = line_of_error(parts.main, options.format(**bad).split())
+    assert found == status
     assert all(word in line for word in words), line
     assert not (bad["model"].parent / "parts").exists()
 

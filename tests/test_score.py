@@ -1,7 +1,6 @@
 """utils/score.py: 1 for the truth, nothing for chance, the same under other names; fitted elsewhere."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from torch import nn
 import modules
 import run
 from datasets import Drawings
-from utils import checkpoints, console, options, part_scores, score, shapes
+from utils import checkpoints, options, part_scores, score, shapes
 
 CELL, CLASSES = 4, len(shapes.GEOMETRY)
 FEW = ["--train-images", "60", "--test-images", "100"]
@@ -171,23 +170,14 @@ def test_what_the_images_cannot_show_is_left_out(tmp_path, capsys):
     assert (tmp_path / "elsewhere/scores.json").is_file() and not (tmp_path / "scores.json").exists()
 
 
-def line_of_error(argv, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["score.py"])
-    with pytest.raises(SystemExit) as left:
-        console.run(lambda: score.main(argv))
-    line = capsys.readouterr().err
-    assert line.startswith("score.py: error: ") and line.count("\n") == 1
-    return left.value.code, line
-
-
-def test_bad_input_is_one_line(finished, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line(finished, tmp_path, line_of_error):
     digits = str(finished[0] / "model.pt")
-    status, line = line_of_error(["--pretrained", digits], capsys, monkeypatch)
+    status, line = line_of_error(score.main, ["--pretrained", digits])
     assert status == 2 and "--dataset digits" in line and "binshapes" in line
-    status, line = line_of_error(["--pretrained", digits, "--train-images", "0"], capsys, monkeypatch)
+    status, line = line_of_error(score.main, ["--pretrained", digits, "--train-images", "0"])
     assert status == 2 and "--train-images" in line
-    status, line = line_of_error(["--pretrained", str(tmp_path / "none.pt")], capsys, monkeypatch)
+    status, line = line_of_error(score.main, ["--pretrained", str(tmp_path / "none.pt")])
     assert status == 1 and "none.pt" in line
     vae = save_model(tmp_path, "--dataset", "shapes", "--arch", "vae")
-    status, line = line_of_error(["--pretrained", vae], capsys, monkeypatch)
+    status, line = line_of_error(score.main, ["--pretrained", vae])
     assert status == 1 and "vae" in line and "--arch patchy" in line

@@ -1,6 +1,5 @@
 """The tools filters, edges, export and architecture show and write what the model or the loss has, and nothing else."""
 
-import sys
 
 import numpy as np
 import pytest
@@ -294,16 +293,12 @@ BAD_INPUT = [
 
 @pytest.mark.parametrize("tool, options, status, words", BAD_INPUT,
                          ids=[f"{row[0].__name__.split('.')[-1]} {row[1]}" for row in BAD_INPUT])  # fmt: skip
-def test_bad_input_is_one_line(tool, options, status, words, place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tool.py"])
+def test_bad_input_is_one_line(tool, options, status, words, place, tmp_path, line_of_error, monkeypatch):
     monkeypatch.setattr(export, "safetensors", None)  # as where it is not installed
     monkeypatch.chdir(tmp_path)
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit) as left:
-        console.run(lambda: tool.main(options.format(place=place).split()))
-    line = capsys.readouterr().err
-    assert left.value.code == status
-    assert line.startswith("tool.py: error: ") and line.count("\n") == 1 and line.endswith("\n")
+    found, line = line_of_error(tool.main, options.format(place=place).split())
+    assert found == status
     assert all(word in line for word in words), line
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
     assert list(tmp_path.iterdir()) == []
