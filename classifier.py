@@ -50,10 +50,17 @@ def build_parser():
     )
     probe = parser.add_argument_group("what to train")
     probe.add_argument(
-        "--linear", action="store_true",
-        help="instead of the head: logistic regression on the frozen encoder's features"
+        "--standardise", action="store_true",
+        help="bring every feature to mean 0 and deviation 1 before the head, as --linear and --knn always do; features "
+        "learned without labels differ much in scale",
     )
-    probe.add_argument("--knn", action="store_true", help="instead of the head: a vote of the nearest training images")
+    probe.add_argument(
+        "--linear", action="store_true",
+        help="instead of the head: logistic regression on the features where --freeze ends, by default the last"
+    )
+    probe.add_argument(
+        "--knn", action="store_true", help="instead of the head: a vote of the nearest training images, likewise"
+    )
     probe.add_argument(
         "--label-fraction", type=console.above(0, 1), default=1.0, metavar="P",
         help="share of every class's training labels to use, e.g. 0.01 (default: all)",
@@ -87,6 +94,7 @@ def build_parser():
         "--seed", type=console.whole(0), default=1, metavar="K",
         help="of weights, order and dropout (default: %(default)s)"
     )
+    options.add_precision(training)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output-folder", default="./scratch", metavar="DIR",
@@ -187,10 +195,11 @@ def main(argv=None):
     """Train, probe or evaluate as `argv` says; returns the figures, as results.json holds them: a dict."""
     args, file, checkpoint = parse(argv)
     device = runtime.choose_device(args.no_cuda, args.gpu)
+    args.precision = runtime.choose_precision(args.precision, device)  # kept: a resumed run must not change it
     train, test = open_labelled(args, device)
     torch.manual_seed(args.seed)
     classes = train.source.classes
-    model = build_model(args, len(classes)).to(device)
+    model = runtime.channels_last(build_model(args, len(classes)).to(device))
     images = f"{len(train):,} training and {len(test):,} test images of {len(classes)} classes"
     print(f"{args.dataset}: {images}, {args.size} px, {runtime.describe(device)}")
     if checkpoint:
@@ -260,7 +269,7 @@ def build_model(args, classes):
     encoder, channels = modules.build_encoder(args.encoder_arch, DATA_SETS[args.dataset].channels, args.scale, args.ngf)
     pooled = args.arch in SUPERVISED
     cells = 1 if pooled else (args.size // args.scale) ** 2
-    return modules.Classifier(encoder, channels * cells, classes, pooled)
+    return modules.Classifier(encoder, channels * cells, classes, pooled, args.standardise)
 
 
 def load_encoder(model, weights, path):
@@ -285,7 +294,8 @@ def prepare_layers(args, model):
     if count in CUTS:
         family = args.encoder_arch if args.encoder_arch in modules.NAMED_CUTS else "resnet"
         count = modules.NAMED_CUTS[family][CUTS.index(count)]
-    if count == -1 or args.linear or args.knn:
+    probing = args.linear or args.knn
+    if count == -1 or probing and count == 0:
         count = len(names)
     if count > len(names):
         raise console.UsageError(
@@ -294,13 +304,15 @@ def prepare_layers(args, model):
         )
     random = [name for name in names[:count] if name in args.fresh]
     if random:
-        remedy = "--arch patchy or vae" if args.linear or args.knn else f"--freeze {names.index(random[0])}"
+        remedy = "--arch patchy or vae" if probing else f"--freeze {names.index(random[0])}"
         raise console.UsageError(
             f"{args.pretrained} has no {random[0]} that fits, and it would be frozen with random weights; use {remedy}"
         )
     if args.pretrained and not args.random_init:
         model.freeze_normalisation(args.fresh)
     model.freeze(count)
+    if probing:
+        model.encoder = model.encoder[:count]  # a probe reads what is frozen
     weights = "pretrained" if args.pretrained and not args.random_init else "random"
     frozen = f"{names[0]} to {names[count - 1]}" if count else "nothing"
     print(f"{args.arch}: encoder {args.encoder_arch} with {weights} weights at the start, frozen: {frozen}")
@@ -335,6 +347,7 @@ def fit(args, model, train, test, folder, checkpoint=None):
     progress.tested = args.start_epoch
     if checkpoint:
         loop.restore(checkpoint, optimizer, progress, folder / CHECKPOINTS)
+        runtime.match_layout(optimizer)
     last_step = args.epochs * progress.steps_per_epoch
     stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
     parallel = ranks.parallel(network)
@@ -367,7 +380,7 @@ def skip_frozen_encoder(args, model, train, test):
     if model.frozen < len(list(model.encoder.children())):
         return model, train, test
     views = 2 if train.flip else 1
-    fits, needed = features.fits_in_memory(views * len(train) + len(test), model.head[1].in_features)
+    fits, needed = features.fits_in_memory(views * len(train) + len(test), model.feature_size)
     if not fits:
         print(f"stored features would take {needed / 2**30:.1f} GiB, more than memory has: every epoch encodes anew")
         return model, train, test
@@ -393,7 +406,8 @@ def train_step(args, network, optimizer, x, labels, batch_size, progress):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(progress.epoch, args.lr, args.step)
     runtime.seed_step(args.seed, progress.step)
-    logits = network(x)  # B×classes
+    with runtime.autocast(args.precision, x.device):
+        logits = network(x).float()  # B×classes
     loss = F.cross_entropy(logits, labels, reduction="none")
     optimizer.zero_grad()
     ranks.batch_mean(loss, batch_size).backward()

@@ -161,7 +161,7 @@ def build_encoder(encoder_arch, channels, scale, ngf=64):
     """
     stages = int(math.log2(scale))
     if encoder_arch == "alexnet":
-        encoder = AlexNetTrunk(torchvision.models.alexnet(weights=None).features)
+        encoder = AlexNetTrunk(*torchvision.models.alexnet(weights=None).features)
         encoder[0] = with_channels(encoder[0], channels)
     elif encoder_arch in ("pyramid", "patches"):
         encoder = pyramid_encoder(channels, ngf, stages, **_halving(encoder_arch))
@@ -182,9 +182,6 @@ class AlexNetTrunk(nn.Sequential):
     """torchvision's AlexNet features behind a border that makes the map exactly H/32 × W/32 at every size."""
 
     BORDER = (17, 18, 17, 18)  # zeros left, right, above and below
-
-    def __init__(self, features):
-        super().__init__(*features)
 
     def forward(self, x):
         return super().forward(F.pad(x, self.BORDER))
@@ -443,11 +440,16 @@ NAMED_CUTS = {"resnet": (4, 6, 8), "alexnet": (3, 8, 13), "pyramid": (1, 3, 5), 
 class Classifier(nn.Module):
     """An encoder, frozen as far as it is wanted, under a small head that names the class."""
 
-    def __init__(self, encoder, feature_size, classes, pooled=False):
-        """`pooled`: average the encoder's map over its cells (feature_size = D) instead of flattening it (D·h·w)."""
+    def __init__(self, encoder, feature_size, classes, pooled=False, standardise=False):
+        """`pooled`: average the encoder's map over its cells (feature_size = D) instead of flattening it (D·h·w).
+
+        `standardise`: the head sees every feature with mean 0 and variance 1.
+        """
         super().__init__()
-        self.encoder, self.pooled, self.frozen = encoder, pooled, 0
-        self.head = nn.Sequential(nn.Dropout(), nn.Linear(feature_size, 512), nn.ReLU(), nn.Linear(512, classes))
+        self.encoder, self.pooled, self.frozen, self.feature_size = encoder, pooled, 0, feature_size
+        first = [nn.BatchNorm1d(feature_size, affine=False)] if standardise else []
+        layers = nn.Dropout(), nn.Linear(feature_size, 512), nn.ReLU(), nn.Linear(512, classes)
+        self.head = nn.Sequential(*first, *layers)
 
     def forward(self, x):
         """x: B×C×H×W normalised pixels -> logits: B×classes."""

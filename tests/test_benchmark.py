@@ -54,6 +54,20 @@ def test_the_plain_loop_reads_every_batch_that_it_is_asked_for(folder):
         assert len(batches) == steps and batches[0][0].shape == (8, 3, 16, 16)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "head"])
+def test_the_classifiers_compute_the_same_losses(name, folder):
+    small = variants.SETTINGS[name]._replace(batch_on_cpu=8)
+    extra = ["--size", "32", "--precision", "fp32", "--workers", "0"]
+    plain, ours = (kind(small, folder, CPU, extra) for kind in (variants.Plain, variants.Ours))
+    for head in (plain.model.head, ours.model[:] if name == "head" else ours.model.head):
+        head[0].p = 0.0  # each draws its own dropout
+    x, labels = next(plain.batches(1))
+    seen = plain.model.features(x).detach() if name == "head" else x
+    expected = plain.step(x, labels)
+    ours.step(seen, labels)
+    assert ours.progress.close_window()[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_flops_are_those_of_the_layers(folder):
     variant = variants.Plain(variants.QUICK[True], folder, CPU)
     x, labels = next(variant.batches(1))

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import classifier
 import datasets
+import modules
 import run
 from utils import batches, checkpoints, console, features, recognition
 
@@ -84,20 +85,8 @@ def test_stored_features_train_the_same_head_as_encoding_every_epoch(finished, t
     small = datasets.DATA_SETS["shapes"]._replace(open=lambda root, split: datasets.Drawings(96, seed=split == "test"))
     monkeypatch.setitem(datasets.DATA_SETS, "shapes", small)
     run.main(["--dataset", "shapes", *TINY, "--output-folder", str(tmp_path)])
-    options = [
-        "--dataset",
-        "shapes",
-        "--arch",
-        "patchy",
-        "--pretrained",
-        tmp_path / "model.pt",
-        "--freeze",
-        -1,
-        "-b",
-        32,
-        "--lr",
-        0.01,
-    ]
+    options = ["--dataset", "shapes", "--arch", "patchy", "--pretrained", tmp_path / "model.pt", "--freeze", -1]
+    options += ["-b", 32, "--lr", 0.01, "--precision", "fp32"]  # stored features always are
     fast = train(tmp_path / "fast", *options)
     monkeypatch.setattr(features, "free_memory", lambda: 0)
     slow = train(tmp_path / "slow", *options)
@@ -253,19 +242,46 @@ def test_probes_find_classes_that_are_there_and_chance_where_none_are():
 
 
 def test_linear_and_knn_report_together(finished, tmp_path):
-    results = train(
-        tmp_path,
-        "--arch",
-        "patchy",
-        "--pretrained",
-        finished[0] / "model.pt",
-        "--linear",
-        "--knn",
-        "--label-fraction",
-        0.3,
-    )
+    pretrained = ["--arch", "patchy", "--pretrained", finished[0] / "model.pt"]
+    results = train(tmp_path, *pretrained, "--linear", "--knn", "--label-fraction", 0.3)
     assert results["linear"]["top1"] > 50 and results["knn"]["top1"] > 50  # ten classes
     assert set(json.loads((tmp_path / "results.json").read_text())) >= {"linear", "knn"}
+
+
+def test_a_probe_reads_the_features_where_freezing_ends(finished, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(features, "neighbour_probe", lambda x, *rest: seen.update(x=x) or (np.zeros((360, 10)), {}))
+    train(tmp_path, "--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--knn", "--freeze", "conv1")
+    model = checkpoints.load(finished[0] / "model.pt", checkpoints.MODEL)
+    encoder = modules.build_model(model["options"]).eval().encoder
+    encoder.load_state_dict({k[8:]: v for k, v in model["model"].items() if k.startswith("encoder.")})
+    train_set = classifier.parse([*QUICK, "--arch", "patchy", "--random-init", "--ngf", "16"])[0]
+    x, _ = next(classifier.open_labelled(train_set, torch.device("cpu"))[0].in_order(5))
+    with torch.no_grad():
+        expected = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x)))).flatten(1)
+    np.testing.assert_allclose(seen["x"][:5], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_sees_standardised_features(finished, tmp_path):
+    options = ["--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--freeze", -1, "--standardise", "-b", 32]
+    train(tmp_path, *options)
+    saved = checkpoints.load(tmp_path / "checkpoint.pt", checkpoints.CLASSIFIER)["model"]
+    args = classifier.parse([*QUICK, "--arch", "patchy", "--random-init", "--ngf", "16", "--standardise"])[0]
+    model = classifier.build_model(args, 10)
+    model.load_state_dict(saved)
+    seen = []
+    model.head[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.no_grad():
+        model.eval()
+        model(next(classifier.open_labelled(args, torch.device("cpu"))[0].in_order(1437))[0])
+    varies = saved["head.0.running_var"] > 0.001
+    assert seen[0][:, varies].mean().abs() < 0.1 and 0.7 < seen[0][:, varies].var() < 1.5
+
+
+def test_bfloat16_trains_what_float32_trains(tmp_path):
+    whole = ["--arch", "resnet18", "--lr", 0.02, "--label-fraction", 0.3]
+    losses = [train(tmp_path / name, *whole, "--precision", name)["last"]["loss"] for name in ("fp32", "bf16")]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.2)
 
 
 def test_classes_are_matched_by_name(tmp_path):

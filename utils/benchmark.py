@@ -127,7 +127,7 @@ def measure(setting, folder, device, rounds, steps, extra=()):
 
 
 def used_dtype(name, args):
-    return torch.bfloat16 if name == "ours" and getattr(args, "precision", "fp32") == "bf16" else torch.float32
+    return torch.bfloat16 if name == "ours" and args.precision == "bf16" else torch.float32
 
 
 def start_up(typed):

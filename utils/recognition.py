@@ -8,8 +8,8 @@ import torch
 from utils import grids, runtime, tracking
 
 # What results.json says of how the figures came about: always, and where a head or a network was trained.
-PROTOCOL = ("arch", "encoder_arch", "scale", "pretrained", "random_init", "label_fraction")
-TRAINED_WITH = ("freeze", "epochs", "step", "lr", "momentum", "wd", "batch_size")
+PROTOCOL = ("arch", "encoder_arch", "scale", "pretrained", "random_init", "label_fraction", "freeze")
+TRAINED_WITH = ("standardise", "epochs", "step", "lr", "momentum", "wd", "batch_size", "precision")
 
 
 def accuracy(scores, labels):

@@ -103,10 +103,9 @@ class Ours:
         with contextlib.redirect_stdout(io.StringIO()):
             source = open_split("folder", folder, "train", self.args.size)
             (train,) = options.open_batches(self.args, [source], device)
-            model = build(self.args, source.classes, device)
-            self.model = model if self.is_classifier else runtime.channels_last(model)
+            self.model = runtime.channels_last(build(self.args, source.classes, device))
             if self.is_classifier:
-                self.model, train, _ = classifier.skip_frozen_encoder(self.args, model, train, train)
+                self.model, train, _ = classifier.skip_frozen_encoder(self.args, self.model, train, train)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self.is_classifier:
             self.optimizer = torch.optim.SGD(trained, self.args.lr, momentum=0.9, weight_decay=1e-4)
@@ -139,8 +138,7 @@ def options_of(setting, folder, device, extra=()):
     typed = ["--dataset", "folder", "--data-folder", str(folder), "--batch-size", str(batch), *setting.typed.split()]
     args = (classifier if setting.is_classifier else run).parse([*typed, *extra])[0]
     args.fresh = []
-    if hasattr(args, "precision"):
-        args.precision = runtime.choose_precision(args.precision, device)
+    args.precision = runtime.choose_precision(args.precision, device)
     return args, args.batch_size
 
 
