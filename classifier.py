@@ -94,7 +94,7 @@ def build_parser():
         "--seed", type=console.whole(0), default=1, metavar="K",
         help="of weights, order and dropout (default: %(default)s)"
     )
-    options.add_precision(training)
+    options.add_speed_options(training)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output-folder", default="./scratch", metavar="DIR",
@@ -350,7 +350,7 @@ def fit(args, model, train, test, folder, checkpoint=None):
         runtime.match_layout(optimizer)
     last_step = args.epochs * progress.steps_per_epoch
     stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
-    parallel = ranks.parallel(network)
+    parallel = runtime.compiled(ranks.parallel(network), args.compile)
     classes = model.head[-1].out_features
     content = {"kind": checkpoints.CLASSIFIER, "classes": classes, "model": model, "optimizer": optimizer}
     with (

@@ -91,7 +91,7 @@ def build_parser():
         "--seed", type=console.whole(0), default=1, metavar="K",
         help="of weights, order and noise (default: %(default)s)"
     )
-    options.add_precision(training)
+    options.add_speed_options(training)
     training.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -207,7 +207,7 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
     last_step = args.num_epochs * progress.steps_per_epoch
     # Order, mirroring and noise are functions of (seed, step): the step is all that has to be remembered of them.
     stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
-    network = ranks.parallel(model)
+    network = runtime.compiled(ranks.parallel(model), args.compile)
     content = {"kind": checkpoints.TRAINING, "model": model, "optimizer": optimizer}
     with (
         tracking.Tracker(folder, step=progress.step, owes_test=progress.owes_test) as tracker,

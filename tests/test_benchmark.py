@@ -36,8 +36,8 @@ def test_every_figure_is_there_and_finite(tmp_path, capsys):
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 3e-2)])
 def test_both_variants_compute_the_same_losses(folder, precision, tolerance):
-    extra = ["--precision", precision]
-    plain, ours = (kind(variants.QUICK[False], folder, CPU, extra) for kind in (variants.Plain, variants.Ours))
+    setting = variants.QUICK[False].plus(f"--precision {precision}")
+    plain, ours = (kind(setting, folder, CPU) for kind in (variants.Plain, variants.Ours))
     x, labels = next(ours.batches(1))
     for _ in range(3):  # the weights that follow are the same, too
         expected = plain.step(x, labels)
@@ -56,9 +56,8 @@ def test_the_plain_loop_reads_every_batch_that_it_is_asked_for(folder):
 
 @pytest.mark.parametrize("name", ["resnet18", "head"])
 def test_the_classifiers_compute_the_same_losses(name, folder):
-    small = variants.SETTINGS[name]._replace(batch_on_cpu=8)
-    extra = ["--size", "32", "--precision", "fp32", "--workers", "0"]
-    plain, ours = (kind(small, folder, CPU, extra) for kind in (variants.Plain, variants.Ours))
+    small = variants.SETTINGS[name].plus("--size 32 --batch-size 8 --precision fp32 --workers 0")
+    plain, ours = (kind(small, folder, CPU) for kind in (variants.Plain, variants.Ours))
     for head in (plain.model.head, ours.model[:] if name == "head" else ours.model.head):
         head[0].p = 0.0  # each draws its own dropout
     x, labels = next(plain.batches(1))
@@ -66,6 +65,17 @@ def test_the_classifiers_compute_the_same_losses(name, folder):
     expected = plain.step(x, labels)
     ours.step(seen, labels)
     assert ours.progress.close_window()[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_cost_is_measured_against_work(folder, monkeypatch):
+    monkeypatch.setattr(benchmark, "CURVES", {"num-parts": (4, 16)})
+    monkeypatch.setattr(benchmark, "in_own_process", lambda function, *arguments: function(*arguments))
+    small, large = benchmark.curves(variants.QUICK[False], folder, CPU, 1)["num-parts"].values()
+    latents, hidden = 6 * (16 - 4), 8 * 2  # more latents; width of the decoder's first layer
+    heads = 9 * 16 * (2 * latents + 16 - 4)  # both of the appearance, and the occurrence: 3×3, from 16 channels
+    more = 4 * 4 * (heads + latents * hidden)  # on 4×4 cells
+    assert large["flops_per_image"] - small["flops_per_image"] == 3 * 2 * more  # forward, to inputs, to weights
+    assert small["seconds_per_image"] > 0 and small["peak_memory"] > 2**20
 
 
 def test_flops_are_those_of_the_layers(folder):
@@ -93,7 +103,7 @@ def test_auto_takes_what_the_machine_has_in_hardware(monkeypatch):
 
 
 def test_weights_latents_and_reconstruction_stay_float32_under_bf16(folder):
-    ours = variants.Ours(variants.QUICK[False], folder, CPU, ["--precision", "bf16"])
+    ours = variants.Ours(variants.QUICK[False].plus("--precision bf16"), folder, CPU)
     x, labels = next(ours.batches(1))
     with runtime.autocast("bf16", CPU):
         assert ours.model.encoder(x).dtype == torch.bfloat16

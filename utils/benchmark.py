@@ -28,6 +28,7 @@ from utils.variants import QUICK, SETTINGS, VARIANTS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = {"batch-size": (32, 64, 128, 256, 512, 1024), "num-parts": (4, 16, 64, 256), "size": (32, 64, 128, 224)}
+CURVE_BATCH = 32  # where it is not the batch that grows
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
@@ -103,9 +104,9 @@ def peak_memory(name, setting, folder, device):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(setting, folder, device, rounds, steps, extra=()):
+def measure(setting, folder, device, rounds, steps):
     """Medians over `rounds` turns of both variants: a dict of dicts of numbers."""
-    variants = {name: kind(setting, folder, device, extra) for name, kind in VARIANTS.items()}
+    variants = {name: kind(setting, folder, device) for name, kind in VARIANTS.items()}
     flops = {name: flops_per_image(variant, next(variant.batches(1))) for name, variant in variants.items()}
     turns = {name: [] for name in variants}
     dtypes = {name: used_dtype(name, variant.args) for name, variant in variants.items()}
@@ -160,14 +161,21 @@ def start_ups(setting, folder, batch_size, quick):
 
 
 def curves(setting, folder, device, rounds):
-    """Images per second of the step alone against batch size, parts and image size: {option: {value: figures}}."""
+    """What an image costs as the batch, the parts or the image grow: {option: {value: figures}}."""
     found = {}
     for option, values in CURVES.items():
+        print("     work per image        time           rate  peak memory", flush=True)
         for value in values:
-            figures = measure(setting, folder, device, rounds, 1, ["--workers", "0", f"--{option}", str(value)])
-            found.setdefault(option, {})[value] = {name: figures[name]["step_only"] for name in VARIANTS}
-            speeds = "  ".join(f"{name} {speed:,.0f} images/s" for name, speed in found[option][value].items())
-            print(f"--{option} {value}: {speeds}", flush=True)
+            grown = setting.plus(f"--workers 0 --batch-size {CURVE_BATCH} --{option} {value}")
+            variant = VARIANTS["ours"](grown, folder, device)
+            flops = flops_per_image(variant, next(variant.batches(1)))
+            seconds = statistics.median(turn(variant, 1)[1] for _ in range(rounds))
+            memory = in_own_process(peak_memory, "ours", grown, folder, device)
+            found.setdefault(option, {})[value] = {
+                "flops_per_image": flops, "seconds_per_image": seconds, "peak_memory": memory
+            }
+            print(f"  {flops / 1e6:10,.0f} MFLOP {seconds * 1e3:8.2f} ms {flops / seconds / 1e9:6,.0f} GFLOP/s "
+                  f"{memory / 2**20:8,.0f} MiB  --{option} {value}", flush=True)
     return found
 
 
@@ -182,6 +190,7 @@ def main(argv=None):
     found = {"device": runtime.describe(device), "rounds": args.rounds, "settings": {}, **runtime.record()}
     for name in args.settings:
         setting = QUICK[SETTINGS[name].is_classifier] if args.quick else SETTINGS[name]
+        setting = setting.plus("--compile") if args.compile else setting
         with tempfile.TemporaryDirectory() as folder:
             write_images(folder, setting)
             figures = measure(setting, folder, device, args.rounds, args.steps)
@@ -211,7 +220,9 @@ def parse(argv):
     parser.add_argument("--steps", type=console.whole(1), default=4, metavar="K",
                         help="steps of a turn; more where loader processes are to settle (default: %(default)s)")
     parser.add_argument("--curves", action="store_true",
-                        help="also the first setting's speed against batch size, parts and image size; takes long")
+                        help="also what an image costs as batch, parts and image grow, in the first setting")
+    parser.add_argument("--compile", action="store_true",
+                        help="ours with --compile; the kernels are made before the clock starts")
     parser.add_argument("--quick", action="store_true", help="a tiny model instead, to try the command itself")
     parser.add_argument("--output", metavar="FILE", help="write all figures to this file, as JSON")
     parser.add_argument("--no-cuda", action="store_true", help="measure the CPU even where there is a GPU")

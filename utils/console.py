@@ -119,6 +119,8 @@ def _outcome(main):
         if any(word in f"{type(error).__name__} {error}" for word in LOST):
             reason = str(error).splitlines()[0]
             return 1, f"error: lost the other processes of this job; one of them says why, or was killed ({reason})"
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            return 1, f"error: --compile cannot compile here, leave it out ({str(error).splitlines()[0]})"
         raise
 
 

@@ -103,12 +103,17 @@ def add_model_options(parser):
     return group
 
 
-def add_precision(group):
-    """The option --precision."""
+def add_speed_options(group):
+    """The options --precision and --compile."""
     group.add_argument(
         "--precision", default="auto", choices=runtime.PRECISIONS,
         help="bf16 trains about twice as fast: convolutions in bfloat16, weights, sampling, loss and tests in float32; "
         "auto takes it where the machine has it in hardware, fp32 elsewhere (default: %(default)s)",
+    )
+    group.add_argument(
+        "--compile", action="store_true",
+        help="let torch.compile make kernels for this machine first, which takes minutes; compare with "
+        "utils/benchmark.py --compile whether it pays",
     )
 
 

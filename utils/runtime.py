@@ -58,6 +58,15 @@ def channels_last(model):
     return model.to(memory_format=torch.channels_last)
 
 
+def compiled(network, wanted):
+    """The network to train; if `wanted`, torch.compile makes kernels for it, and on a GPU CUDA graphs of them.
+
+    Weights and state stay those of `network`.
+    """
+    is_on_gpu = next(network.parameters()).is_cuda
+    return torch.compile(network, mode="reduce-overhead" if is_on_gpu else None) if wanted else network
+
+
 def match_layout(optimizer):
     """Lay the optimizer's state out in memory as its parameters are: fused Adam on the CPU does not look.
 

@@ -29,6 +29,10 @@ class Setting(NamedTuple):
     batch_on_cpu: int
     is_classifier: bool = False
 
+    def plus(self, options):
+        """The same with more `options`, a str."""
+        return self._replace(typed=f"{self.typed} {options}")
+
 
 SETTINGS = {
     "cifar": Setting("CIFAR command, 32 px", "--size 32 --inet", (32, 32), 1024, 128, 128),
@@ -49,8 +53,8 @@ QUICK = {False: Setting("a tiny model, 16 px", TINY, (24, 20), 16, 8, 8),
 class Plain:
     """Training as a first implementation is written: Pillow in loader processes in every epoch, eager, float32."""
 
-    def __init__(self, setting, folder, device, extra=()):
-        self.args, self.batch_size = options_of(setting, folder, device, extra)
+    def __init__(self, setting, folder, device):
+        self.args, self.batch_size = options_of(setting, folder, device)
         self.device, self.is_classifier = device, setting.is_classifier
         mean, std = normalisation(3, self.args.inet)
         kinds = torchvision.transforms
@@ -96,8 +100,8 @@ class Plain:
 class Ours:
     """Training as run.py and classifier.py do it, with their own functions."""
 
-    def __init__(self, setting, folder, device, extra=()):
-        self.args, self.batch_size = options_of(setting, folder, device, extra)
+    def __init__(self, setting, folder, device):
+        self.args, self.batch_size = options_of(setting, folder, device)
         self.device, self.is_classifier = device, setting.is_classifier
         self.progress = loop.Progress(steps_per_epoch=10**9)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -107,6 +111,7 @@ class Ours:
             if self.is_classifier:
                 self.model, train, _ = classifier.skip_frozen_encoder(self.args, self.model, train, train)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.network = runtime.compiled(self.model, self.args.compile)
         if self.is_classifier:
             self.optimizer = torch.optim.SGD(trained, self.args.lr, momentum=0.9, weight_decay=1e-4)
         else:
@@ -124,19 +129,19 @@ class Ours:
         """One optimiser step."""
         self.progress.step += 1
         if self.is_classifier:
-            classifier.train_step(self.args, self.model, self.optimizer, x, labels, self.batch_size, self.progress)
+            classifier.train_step(self.args, self.network, self.optimizer, x, labels, self.batch_size, self.progress)
         else:
-            run.train_step(self.args, self.model, self.optimizer, x, self.batch_size, self.progress)
+            run.train_step(self.args, self.network, self.optimizer, x, self.batch_size, self.progress)
 
 
 VARIANTS = {"plain": Plain, "ours": Ours}
 
 
-def options_of(setting, folder, device, extra=()):
+def options_of(setting, folder, device):
     """The options that the script itself would have, and the batch size."""
     batch = setting.batch if device.type == "cuda" else setting.batch_on_cpu
     typed = ["--dataset", "folder", "--data-folder", str(folder), "--batch-size", str(batch), *setting.typed.split()]
-    args = (classifier if setting.is_classifier else run).parse([*typed, *extra])[0]
+    args = (classifier if setting.is_classifier else run).parse(typed)[0]
     args.fresh = []
     args.precision = runtime.choose_precision(args.precision, device)
     return args, args.batch_size
