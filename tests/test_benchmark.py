@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+import torch._inductor.exc
 
 import run
-from utils import benchmark, console, runtime, variants
+from utils import benchmark, checkpoints, console, runtime, variants
 
 CPU = torch.device("cpu")
 
@@ -144,3 +145,36 @@ def test_a_resumed_run_keeps_its_precision(tmp_path):
         run.main(["--resume", *folder, "--precision", "bf16"])
     run.main(["--resume", *folder, "--num-epochs", "2"])
     assert json.loads((tmp_path / "args.json").read_text())["precision"] == "fp32"
+
+
+# ---------------------------------------------------------------------------------------------------- compiling
+
+
+def test_a_compiled_run_computes_what_an_eager_one_does_and_saves_what_it_reads(tmp_path, monkeypatch):
+    """dynamo's own graphs without new kernels, which would take a minute."""
+    traced, compile_really = [], torch.compile
+
+    def compile_quickly(network, mode):
+        traced.append(network)
+        return compile_really(network, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    tiny = ["--dataset", "digits", "--ngf", "8", "--encoder-arch", "pyramid", "--img-per-epoch", "16", "--workers", "0"]
+    tiny += ["--batch-size", "8", "--num-epochs", "1", "--precision", "fp32"]
+    eager = run.main([*tiny, "--output-folder", str(tmp_path / "eager")])
+    assert not traced
+    compiled = run.main([*tiny, "--compile", "--output-folder", str(tmp_path / "compiled")])
+    assert len(traced) == 1 and compiled["total"] == pytest.approx(eager["total"], rel=1e-4)
+    files = (tmp_path / name / "model.pt" for name in ("eager", "compiled"))
+    one, other = (checkpoints.load(file, checkpoints.MODEL)["model"] for file in files)
+    assert one.keys() == other.keys()
+
+
+def test_a_machine_without_a_compiler_says_so_in_one_line(tmp_path, monkeypatch, line_of_error):
+    def compile_nothing(network, mode):
+        raise torch._inductor.exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    options = ["--dataset", "digits", "--ngf", "8", "--encoder-arch", "pyramid", "--workers", "0", "--compile"]
+    status, line = line_of_error(run.main, [*options, "--output-folder", str(tmp_path)])
+    assert status == 1 and "--compile" in line and "leave it out" in line and "compiler" in line
