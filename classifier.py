@@ -360,6 +360,7 @@ def fit(args, model, train, test, folder, checkpoint=None):
         if progress.owes_test:
             finish_epoch(args, network, test, progress, tracker, keeper)
             keeper.after_step(regular=True)
+        parallel.train()
         for x, labels in loop.bar(stream, "steps", last_step, progress.step):
             progress.step += 1
             train_step(args, parallel, optimizer, x, labels, batch_size, progress)
@@ -368,6 +369,7 @@ def fit(args, model, train, test, folder, checkpoint=None):
                 tracker.event("train", epoch=progress.epoch, step=progress.step, **means)
             if progress.epoch_ends:
                 finish_epoch(args, network, test, progress, tracker, keeper)
+                parallel.train()
             keeper.after_step(regular=progress.epoch_ends)
         restore(model, checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER))
         _, scores, labels = evaluate(network, test, args.batch_size)
@@ -401,15 +403,17 @@ def learning_rate_at(epoch, start, step):
 
 
 def train_step(args, network, optimizer, x, labels, batch_size, progress):
-    """One optimiser step on this process's share of a batch, what `network` takes and B labels, added to the means."""
-    network.train()
+    """One optimiser step on this process's share of a batch, what `network` takes and B labels, added to the means.
+
+    `network` has to be in training mode.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(progress.epoch, args.lr, args.step)
-    runtime.seed_step(args.seed, progress.step)
+    runtime.seed_step(args.seed, progress.step, x.device)
+    optimizer.zero_grad()
     with runtime.autocast(args.precision, x.device):
         logits = network(x).float()  # B×classes
     loss = F.cross_entropy(logits, labels, reduction="none")
-    optimizer.zero_grad()
     ranks.batch_mean(loss, batch_size).backward()
     optimizer.step()
     progress.window_means.add({"loss": loss, "top1": 100.0 * (logits.argmax(1) == labels)})

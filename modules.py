@@ -101,7 +101,7 @@ def edge_target(x, mean, std):
     tanh(4 m), m the mean over 3×3 pixels of |L|: L has the Laplacians of the C channels of pixels in [0, 1], |·| is the
     Euclidean norm. All channels of the result are alike, and normalised, as x is, by `mean` and `std`, C numbers each.
     """
-    mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (mean, std))
+    mean, std = (torch.tensor(values).view(-1, 1, 1).to(x.device, non_blocking=True) for values in (mean, std))
     strength = torch.linalg.vector_norm(laplacian(x) * std, dim=1, keepdim=True)  # B×1×H×W
     smooth = F.avg_pool2d(strength, 3, stride=1, padding=1, count_include_pad=False)
     return (torch.tanh(4 * smooth) - mean) / std  # B×C×H×W

@@ -216,6 +216,7 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
         if progress.owes_test:
             finish_epoch(args, described, model, test, progress, tracker, keeper)
             keeper.after_step(regular=True)
+        network.train()
         for x, _ in loop.bar(stream, "steps", last_step, progress.step):  # B×C×H×W
             progress.step += 1
             train_step(args, network, optimizer, x, batch_size, progress)
@@ -223,6 +224,7 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
                 log_training(args, progress, tracker)
             if progress.epoch_ends:
                 finish_epoch(args, described, model, test, progress, tracker, keeper)
+                network.train()
             is_saved_epoch = progress.epoch_ends and progress.epoch % args.save_interval == 0
             keeper.after_step(regular=is_saved_epoch or progress.step == last_step)
         tracker.event("end", **progress.best)
@@ -232,14 +234,17 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
 
 
 def train_step(args, model, optimizer, x, batch_size, progress):
-    """One optimiser step on x: B×C×H×W, this process's share of the batch, and its loss terms added to the means."""
-    model.train()
+    """One optimiser step on x: B×C×H×W, this process's share of the batch, and its loss terms added to the means.
+
+    `model` has to be in training mode.
+    """
     temperature = modules.temperature_at(progress.step, args.temp, args.anneal, args.min_temp)
-    runtime.seed_step(args.seed, progress.step)
+    temperature = torch.full((), temperature, device=x.device)  # a number would be compiled in
+    runtime.seed_step(args.seed, progress.step, x.device)
+    optimizer.zero_grad()
     with runtime.autocast(args.precision, x.device):
         output = model(x, temperature)
     terms = loss(args, x, output)
-    optimizer.zero_grad()
     ranks.batch_mean(terms["total"], batch_size).backward()
     optimizer.step()
     progress.window_means.add(terms)
@@ -357,7 +362,7 @@ def draw_pictures(args, model, test):
     pictures = {"reconstructions": grids.grid(rows)}
     if output.posterior.occurrence is not None:
         pictures["occurrence"] = grids.occurrence_grid(originals, copies, output.posterior.occurrence.cpu().numpy())
-    runtime.seed_step(args.seed, 0)  # the same draws after every epoch
+    runtime.seed_step(args.seed, 0, x.device)  # the same draws after every epoch
     drawn = list(grids.to_rgb(model.draw(2 * SHOWN, x.device), mean, std))
     return {**pictures, "samples": grids.grid([drawn[:SHOWN], drawn[SHOWN:]])}
 

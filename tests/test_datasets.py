@@ -149,8 +149,13 @@ def test_training_order_shows_every_image_once_per_round_in_fresh_order():
 
 
 def test_training_order_depends_on_seed_and_step_alone():
-    whole = list(TrainingOrder(100, 16, 5, 1, 20))
-    assert list(TrainingOrder(100, 16, 5, 8, 20)) == whole[7:] and list(TrainingOrder(100, 16, 6, 1, 20)) != whole
+    whole, rest, other = (np.stack([*TrainingOrder(100, 16, *of)]) for of in ((5, 1, 20), (5, 8, 20), (6, 1, 20)))
+    assert np.array_equal(rest, whole[7:]) and not np.array_equal(other, whole)
+
+
+def test_every_image_comes_once_in_each_round_whatever_the_batch():
+    rounds = np.concatenate([*TrainingOrder(10, 25, 5, 1, 4)]).reshape(10, 10)
+    assert (np.sort(rounds) == np.arange(10)).all() and not (rounds[0] == rounds[1]).all()
 
 
 @pytest.mark.parametrize("name", ["digits", "shapes", "folder"])

@@ -76,10 +76,11 @@ class TrainingOrder:
         return (self.indices(step) for step in self.steps)
 
     def indices(self, step):
-        """The images of step 1, 2, …: a list of batch_size indices."""
+        """The images of step 1, 2, …: batch_size indices, an int array."""
         positions = np.arange((step - 1) * self.batch_size, step * self.batch_size)
         rounds, places = np.divmod(positions, self.images)
-        return [int(_shuffle(self.seed, int(number), self.images)[place]) for number, place in zip(rounds, places)]
+        shuffles = [_shuffle(self.seed, number, self.images)[places[rounds == number]] for number in np.unique(rounds)]
+        return np.concatenate(shuffles)  # rounds ascend
 
 
 @functools.lru_cache(maxsize=2)  # the current shuffle and the one before it

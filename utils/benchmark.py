@@ -111,6 +111,8 @@ def measure(setting, folder, device, rounds, steps):
     turns = {name: [] for name in variants}
     dtypes = {name: used_dtype(name, variant.args) for name, variant in variants.items()}
     rates = {dtype: [] for dtype in dtypes.values()}
+    for variant in variants.values():
+        turn(variant, 2)  # kernels are chosen or compiled
     for _ in range(rounds):
         for dtype, found in rates.items():
             found.append(product_rate(dtype, device))

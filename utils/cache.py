@@ -147,13 +147,13 @@ class Memory:
 
     def _fill(self, rows, pixels):
         device = self.table.device
-        self.table[torch.from_numpy(rows).to(device)] = pixels.to(device, non_blocking=True)
+        self.table[torch.from_numpy(rows).to(device, non_blocking=True)] = pixels.to(device, non_blocking=True)
         self.is_filled[rows] = True
 
     def _take(self, rows):
         device, shape = self.table.device, (len(rows), *self.table.shape[1:])
         pixels = torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=self.pinned)
-        return torch.index_select(self.table, 0, torch.from_numpy(rows).to(device), out=pixels)
+        return torch.index_select(self.table, 0, torch.from_numpy(rows).to(device, non_blocking=True), out=pixels)
 
 
 class Mapped:

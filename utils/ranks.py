@@ -172,10 +172,13 @@ def check_same(value, what):
 
 
 def parallel(model):
-    """The model to train: gradients become the mean over the processes. A batch is scaled by `batch_mean`."""
+    """The model to train: gradients become the mean over the processes. A batch is scaled by `batch_mean`.
+
+    Running statistics stay each process's own until `share_statistics`: training does not read them.
+    """
     if count() == 1:
         return model
-    return DistributedDataParallel(model)
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def batch_mean(values, batch_size):

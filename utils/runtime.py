@@ -24,7 +24,8 @@ def choose_device(no_cuda=False, gpu=None):
         return torch.device("cpu")
     if gpu is not None and ranks.count() > 1:
         raise UsageError(f"--gpu {gpu}: of several processes each has its own GPU; leave it out")
-    if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
+    is_slurms = os.environ.get("SLURM_LOCALID") == str(ranks.local_rank())  # and not torchrun's, in a job of Slurm's
+    if torch.cuda.device_count() == 1 and gpu is None and is_slurms:
         gpu = 0  # Slurm shows every task its own GPU only
     elif ranks.local_count() > torch.cuda.device_count():
         raise UsageError(
@@ -34,6 +35,7 @@ def choose_device(no_cuda=False, gpu=None):
     if gpu >= torch.cuda.device_count():
         raise UsageError(f"--gpu {gpu}: this machine has the GPUs 0 to {torch.cuda.device_count() - 1}")
     torch.cuda.set_device(gpu)  # where NCCL and new tensors go
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means float32; bf16 is the fast way
     return torch.device("cuda", gpu)
 
 
@@ -59,12 +61,12 @@ def channels_last(model):
 
 
 def compiled(network, wanted):
-    """The network to train; if `wanted`, torch.compile makes kernels for it, and on a GPU CUDA graphs of them.
+    """The network to train; if `wanted`, torch.compile makes kernels for it, and on a single GPU CUDA graphs of them.
 
     Weights and state stay those of `network`.
     """
-    is_on_gpu = next(network.parameters()).is_cuda
-    return torch.compile(network, mode="reduce-overhead" if is_on_gpu else None) if wanted else network
+    graphs = next(network.parameters()).is_cuda and ranks.count() == 1  # pytorch#139207: not under DDP with BatchNorm
+    return torch.compile(network, mode="reduce-overhead" if graphs else None) if wanted else network
 
 
 def match_layout(optimizer):
@@ -86,10 +88,14 @@ def describe(device):
     return f"CPU, {torch.get_num_threads()} threads{others}"
 
 
-def seed_step(seed, step):
-    """Seed torch's generators for step `step`: its noise is a pure function of (seed, step) and the process's rank."""
+def seed_step(seed, step, device):
+    """Seed the generator of `device` for step `step`: noise is a pure function of (seed, step) and the process's rank.
+
+    torch.manual_seed would seed those of all kinds of devices, which takes longer than a small step's launch.
+    """
     entropy = np.random.SeedSequence([seed, 2, step, ranks.rank()])
-    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
 
 def record():

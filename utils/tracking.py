@@ -131,7 +131,9 @@ class Means:
         return means
 
     def _over_processes(self):
-        own = torch.tensor([*map(float, self.sums.values()), self.images], dtype=torch.float64)
+        sums = [torch.as_tensor(value, dtype=torch.float64) for value in self.sums.values()]
+        sums = torch.stack(sums).tolist() if sums else []  # the device is waited for once
+        own = torch.tensor([*sums, self.images], dtype=torch.float64)
         *sums, images = ranks.total(own).tolist()
         return dict(zip(self.sums, sums)), int(images)
 

@@ -88,7 +88,7 @@ class Plain:
             loss = F.cross_entropy(self.model(x), labels)
         else:
             self.steps += 1
-            runtime.seed_step(self.args.seed, self.steps)  # so that both variants can be held against each other
+            runtime.seed_step(self.args.seed, self.steps, x.device)  # both variants draw alike
             terms = modules.loss_terms(x, self.model(x, self.args.temp), self.args.beta_a, self.args.beta_v)
             loss = terms["total"].mean()
         self.optimizer.zero_grad()
@@ -111,7 +111,7 @@ class Ours:
             if self.is_classifier:
                 self.model, train, _ = classifier.skip_frozen_encoder(self.args, self.model, train, train)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.network = runtime.compiled(self.model, self.args.compile)
+        self.network = runtime.compiled(self.model, self.args.compile).train()
         if self.is_classifier:
             self.optimizer = torch.optim.SGD(trained, self.args.lr, momentum=0.9, weight_decay=1e-4)
         else:
