@@ -40,8 +40,12 @@ class Room(NamedTuple):
 
 def room(device, folder):
     """What is free now on the torch.device `device`, and on the disk of `folder`: 0 if it may not be written to."""
-    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return Room(on_device, free_memory(), free_disk(folder))
+    return Room(free_on(device) if device.type == "cuda" else None, free_memory(), free_disk(folder))
+
+
+def free_on(device):
+    """Bytes of the GPU `device` that are free."""
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def choose(wanted, needed, room):

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from utils import ranks
 from utils.batches import TrainingOrder, flips
-from utils.cache import free_memory
+from utils.cache import free_memory, free_on
 from utils.console import RunError
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of the linear probe, the strongest first
@@ -44,6 +44,10 @@ class StoredFeatures:
         self.device = batches.device
         self.plain, self.labels = extract(model.features, batches, batch_size)  # N×F, N
         self.mirrored = extract(model.features, batches, batch_size, mirrored=True)[0] if mirror else None
+        tables = [table for table in (self.plain, self.mirrored) if table is not None]
+        if self.device.type == "cuda" and sum(table.nbytes for table in tables) <= free_on(self.device) / 4:
+            self.plain, self.labels = self.plain.to(self.device), self.labels.to(self.device)
+            self.mirrored = self.mirrored.to(self.device) if mirror else None
 
     def __len__(self):
         return len(self.labels)
@@ -51,10 +55,12 @@ class StoredFeatures:
     def training(self, batch_size, seed, first_step, last_step):
         """Yields (features: B×F, labels: B) for each step, of the very images that Batches.training would give."""
         order, own = TrainingOrder(len(self), batch_size, seed, first_step, last_step), ranks.share(batch_size)
-        for step, indices in zip(order.steps, (indices[own] for indices in order)):
+        for step, indices in zip(order.steps, order):
+            indices = torch.from_numpy(indices[own]).to(self.plain.device, non_blocking=True)
             features = self.plain[indices]
             if self.mirrored is not None:
-                features = torch.where(flips(seed, step, batch_size)[own, None], self.mirrored[indices], features)
+                mirrored = flips(seed, step, batch_size)[own, None].to(self.plain.device, non_blocking=True)
+                features = torch.where(mirrored, self.mirrored[indices], features)
             yield features.to(self.device), self.labels[indices].to(self.device)
 
     def in_order(self, batch_size):
