@@ -1,0 +1,109 @@
+"""Calls of run.py and classifier.py that are made once: what is finished stays, what was stopped goes on."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import classifier
+import run
+from utils import checkpoints, options, runtime, tracking
+from utils.console import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Job(NamedTuple):
+    """One call of run.py or classifier.py, and the folder that it fills."""
+
+    part: str  # "training", or e.g. "conv1-head", "all-probes"
+    folder: Path
+    script: object  # the module run or classifier
+    argv: list
+
+    @property
+    def record(self):
+        """The file with its options: as long as it is missing, nothing has been begun."""
+        return self.folder / self.script.CONTENTS[0]
+
+    @property
+    def saved(self):
+        return self.folder / ("checkpoints" if self.script is run else classifier.CHECKPOINTS)
+
+
+def figures_of(job):
+    """What the call has found, as its own files say: a dict, or None if it has not finished."""
+    path = job.folder / ("metrics.jsonl" if job.script is run else "results.json")
+    if not (job.record.exists() and path.exists()):
+        return None
+    text = path.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text.splitlines()[-1] if job.script is run else text)
+    except (ValueError, IndexError):  # cut by the end of the process
+        return None
+    if job.script is run:
+        return found if found.pop("event") == "end" else None
+    return {name: found[name] for name in ("last", "best", "linear", "knn") if name in found}
+
+
+def check(job):
+    """Raises UsageError if the folder of `job` holds a call with other options."""
+    if not job.record.exists():
+        return
+    saved = json.loads(job.record.read_text(encoding="utf-8"))
+    saved, wanted = {**saved, **saved["typed"]}, vars(job.script.parse(job.argv)[0])
+    free = {*job.script.FREE, *options.NEVER_SAVED, "typed", "pretrained"} - {"num_epochs", "epochs"}
+    names = [name for name in wanted if name not in free and saved.get(name) != wanted[name]]
+    other = [f"--{name.replace('_', '-')} {saved.get(name)}, not {wanted[name]}" for name in names]
+    own, here = (os.path.realpath(found["data_folder"]) for found in (saved, wanted))
+    if wanted["dataset"] == "folder" and own != here:  # of the others, the name says which images
+        other.append(f"--data-folder {own}, not {here}")
+    if other:
+        raise UsageError(
+            f"{job.folder} was made with other options ({'; '.join(other)}): delete it, or choose another "
+            "--output-folder"
+        )
+
+
+def fulfil(job, device):
+    """Do what is left of `job`. Returns whether that was anything."""
+    if figures_of(job) is not None:
+        return False
+    how = []
+    if job.record.exists():
+        how = ["--resume"] if checkpoints.numbered(str(job.saved)) else ["--overwrite"]
+    print(f"\n{tracking.relative(job.folder)}", flush=True)
+    with accounted(job.folder, device):
+        job.script.main([*job.argv, *how])
+    shutil.rmtree(job.saved, ignore_errors=True)  # of gigabytes, over a hundred calls, that nobody needs any more
+    (job.folder / "checkpoint.pt").unlink(missing_ok=True)
+    return True
+
+
+@contextlib.contextmanager
+def accounted(folder, device):
+    """Note in made.json of `folder` how many seconds the block took, over all calls, and what computed it."""
+    path, started = folder / "made.json", time.perf_counter()
+    before = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+    try:
+        yield
+    finally:
+        if folder.is_dir():
+            seconds = round(before + time.perf_counter() - started, 1)
+            origin = {"device": runtime.describe(device), "commit": commit(), "torch": torch.__version__}
+            tracking.write_json(path, {"seconds": seconds, **origin})
+
+
+def commit():
+    """The commit of this code, with "-dirty" where its files differ from it, or None."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
