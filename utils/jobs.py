@@ -53,14 +53,14 @@ def figures_of(job):
 
 
 def check(job):
-    """Raises UsageError if the folder of `job` holds a call with other options."""
+    """Raises UsageError if the folder of `job` holds a call with other options; older code knew fewer of them."""
     if not job.record.exists():
         return
     saved = json.loads(job.record.read_text(encoding="utf-8"))
     saved, wanted = {**saved, **saved["typed"]}, vars(job.script.parse(job.argv)[0])
     free = {*job.script.FREE, *options.NEVER_SAVED, "typed", "pretrained"} - {"num_epochs", "epochs"}
-    names = [name for name in wanted if name not in free and saved.get(name) != wanted[name]]
-    other = [f"--{name.replace('_', '-')} {saved.get(name)}, not {wanted[name]}" for name in names]
+    names = [name for name in saved if name in wanted and name not in free and saved[name] != wanted[name]]
+    other = [f"--{name.replace('_', '-')} {saved[name]}, not {wanted[name]}" for name in names]
     own, here = (os.path.realpath(found["data_folder"]) for found in (saved, wanted))
     if wanted["dataset"] == "folder" and own != here:  # of the others, the name says which images
         other.append(f"--data-folder {own}, not {here}")
