@@ -13,7 +13,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-tqdm.set_lock(threading.RLock())  # its own lock is shared with forked processes: one that is killed may keep it for good
+tqdm.set_lock(threading.RLock())  # its own is shared with forked processes: one that is killed may keep it for good
 
 # Small enough for seconds on two cores, and still every layer of the real model.
 TINY = ["--num-epochs", "1", "--img-per-epoch", "32", "--batch-size", "16", "--workers", "0", "--ngf", "16"]

@@ -171,7 +171,7 @@ def test_another_recipe_is_refused(tmp_path, monkeypatch, line_of_error):
     recipe = {"recipe": ("recipe", [*reproduce.RECIPE, "--beta-a", "0.5"])}
     monkeypatch.setattr(reproduce, "SETTINGS", {**reproduce.SETTINGS, **recipe})
     status, line = line_of_error(reproduce.main, command(tmp_path, *rows))
-    assert status == 2 and "--beta-a 1.0, not 0.5" in line
+    assert status == 2 and "--beta-a 0.1, not 0.5" in line
 
 
 def test_other_images_of_the_same_name_are_refused(tmp_path, class_folder, line_of_error):
@@ -211,15 +211,17 @@ def test_the_table_has_every_row_and_every_cut(tmp_path):
             cuts = {part.rpartition("-")[0] for part in parts if "-" in part}
             assert cuts == ({"none"} if name == "supervised" else expected), name
     models = [f"{setting}-{model}" for setting in ("paper", "recipe") for model in reproduce.MODELS]
-    assert all(list(found) == [*models, "random", "supervised"] for found in names.values())
+    others = ["random", "random-pyramid", "supervised"]
+    assert all(list(found) == models + others for found in names.values())
 
 
 def test_a_recipe_with_another_encoder_has_a_floor_of_its_own(monkeypatch):
     monkeypatch.setitem(reproduce.SETTINGS, "recipe", ("recipe", ["--scale", "16"]))
     _, rows = reproduce.parse([])
     floors = {row.name: reproduce.floor_of(row, rows) for row in rows}
-    assert floors["paper-vae"] == "random" and floors["recipe-vae"] == "random-encoder-arch-resnet-scale-16"
+    assert floors["paper-vae"] == "random" and floors["recipe-vae"] == "random-scale-16"
     assert floors["random"] is None and floors["supervised"] is None
+    assert [row.words for row in rows if row.kind == "random"] == ["random, scale 8", "random, scale 16"]
 
 
 def test_options_of_parts_do_not_reach_the_vae():
