@@ -89,6 +89,23 @@ def laplacian(x):
     return (up - x) + (down - x) + (left - x) + (right - x)
 
 
+def damage(x, hide, grey, patch):
+    """What the encoder is shown of x in training, while all of x has to be reconstructed: B×C×H×W -> B×C×H×W.
+
+    `hide`: the share of the `patch`×`patch` squares that become 0, the mean of all images; `grey`: the share of images
+    whose channels become their mean. Source: Im, Ahn, Memisevic, Bengio, "Denoising Criterion for Variational
+    Auto-Encoding Framework" (2017).
+    """
+    if grey:
+        is_grey = torch.rand(len(x), 1, 1, 1, device=x.device) < grey
+        x = torch.where(is_grey, x.mean(dim=1, keepdim=True), x)
+    if hide:
+        h, w = (side // patch for side in x.shape[2:])
+        is_shown = torch.rand(len(x), 1, h, w, device=x.device) >= hide
+        x = x * F.interpolate(is_shown.to(x), scale_factor=patch)
+    return x
+
+
 def reconstruction_target(x, target, mean, std):
     """What is to be reconstructed of x: x itself (`target` "image") or its edges ("edges"), see edge_target."""
     return edge_target(x, mean, std) if target == "edges" else x

@@ -85,6 +85,15 @@ def build_parser():
         help="Adam's learning rate; 1e-3 learns faster in short runs (default: %(default)s)",
     )
     training.add_argument(
+        "--hide", type=console.real(0, 0.95), default=0.0, metavar="P",
+        help="share of an image, in squares of half a cell, that the encoder is not shown in training and that has to "
+        "be reconstructed all the same: its features then recognise better, e.g. with 0.5 (default: %(default)s)",
+    )
+    training.add_argument(
+        "--grey", type=console.real(0, 1), default=0.0, metavar="P",
+        help="likewise: share of the images that it is shown without colour (default: %(default)s)",
+    )
+    training.add_argument(
         "--pretrained", metavar="FILE", help="a model.pt to start from; it knows its own model options"
     )
     training.add_argument(
@@ -242,8 +251,9 @@ def train_step(args, model, optimizer, x, batch_size, progress):
     temperature = torch.full((), temperature, device=x.device)  # a number would be compiled in
     runtime.seed_step(args.seed, progress.step, x.device)
     optimizer.zero_grad()
+    shown = modules.damage(x, args.hide, args.grey, args.scale // 2)  # B×C×H×W
     with runtime.autocast(args.precision, x.device):
-        output = model(x, temperature)
+        output = model(shown, temperature)
     terms = loss(args, x, output)
     ranks.batch_mean(terms["total"], batch_size).backward()
     optimizer.step()

@@ -272,6 +272,20 @@ def test_a_cell_of_the_pyramid_draws_far_beyond_itself():
     assert (drawn.amax(dim=0) - drawn.amin(dim=0) + 1).tolist() == [3 * 8 - 2] * 2
 
 
+def test_damage_hides_squares_and_takes_colour_as_often_as_it_is_told():
+    x = torch.rand(200, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 1
+    assert modules.damage(x, 0, 0, 4) is x
+    hidden = modules.damage(x, 0.3, 0, 4)
+    squares = (hidden == 0).unflatten(2, (4, 4)).unflatten(4, (4, 4)).movedim(4, 3).flatten(4).flatten(0, 3)
+    assert set(squares.sum(1).tolist()) == {0, 16} and torch.equal(hidden[hidden != 0], x[hidden != 0])
+    assert (hidden == 0).float().mean() == pytest.approx(0.3, abs=0.03)
+    assert ((hidden == 0).all(dim=1) == (hidden == 0).any(dim=1)).all()  # of all channels alike
+    grey = modules.damage(x, 0, 0.7, 4)
+    is_grey = (grey == grey[:, :1]).flatten(1).all(dim=1)
+    assert is_grey.float().mean() == pytest.approx(0.7, abs=0.1) and torch.equal(grey[~is_grey], x[~is_grey])
+    torch.testing.assert_close(grey[is_grey].mean(dim=1), x[is_grey].mean(dim=1))
+
+
 @pytest.mark.parametrize("inet", [False, True])
 def test_the_edge_target_sees_shape_and_not_colour(inet):
     mean, std = normalisation(3, inet)

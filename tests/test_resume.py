@@ -21,7 +21,7 @@ import run
 from utils import batches, checkpoints, console, tracking
 
 OPTIONS = ["--dataset", "digits", "--workers", "1", "--ngf", "8", "--encoder-arch", "pyramid", "--num-parts", "4"]
-OPTIONS += ["--img-per-epoch", "64", "--batch-size", "16", "--log-interval", "3", "--num-epochs", "3"]
+OPTIONS += ["--img-per-epoch", "64", "--batch-size", "16", "--log-interval", "3", "--num-epochs", "3", "--hide", "0.3"]
 
 
 @pytest.fixture(scope="module")

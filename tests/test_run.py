@@ -64,6 +64,27 @@ def test_evaluate_repeats_the_figures_of_training_with_its_options(options, tmp_
     assert {name: trained[name] for name in tested} == pytest.approx(tested, rel=1e-5)
 
 
+def test_what_is_hidden_has_to_be_reconstructed_and_tests_hide_nothing(tmp_path, monkeypatch):
+    seen, wanted, loss = {True: [], False: []}, {True: [], False: []}, run.loss
+
+    def forward(model, x, temperature=1.0, original=modules.PatchVAE.forward):
+        seen[model.training].append(x)
+        return original(model, x, temperature)
+
+    def noted(args, x, output):
+        wanted[torch.is_grad_enabled()].append(x)
+        return loss(args, x, output)
+
+    monkeypatch.setattr(modules.PatchVAE, "forward", forward)
+    monkeypatch.setattr(run, "loss", noted)
+    run.main(["--dataset", "digits", *TINY, "--hide", "0.5", "--output-folder", str(tmp_path)])
+    for shown, whole in zip(seen[True], wanted[True], strict=True):
+        assert torch.equal(shown[shown != 0], whole[shown != 0])
+        assert 0.3 < ((shown == 0) & (whole != 0)).sum() / (whole != 0).sum() < 0.7
+    tested = len(wanted[False])  # what follows is drawn
+    assert tested and all(map(torch.equal, seen[False][:tested], wanted[False]))
+
+
 def test_model_file_is_the_best_so_far(finished):
     lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     totals = [line["total"] for line in lines if line["event"] == "test"]
