@@ -31,7 +31,7 @@ from utils import checkpoints, console, grids, jobs, options, runtime, standings
 # ---------------------------------------------------------------------------------------------------- what is compared
 
 # The options of run.py that have served recognition best, chosen on held-out training images of CIFAR-10.
-RECIPE = "--encoder-arch pyramid --lr 1e-3 --batch-size 64 --beta-a 0.1 --beta-v 0.1".split()
+RECIPE = "--encoder-arch pyramid --lr 1e-3 --batch-size 64 --beta-a 0.1 --beta-v 0.1 --hide 0.5 --grey 0.5".split()
 SETTINGS = {"paper": ("paper's setting", []), "recipe": ("recipe", RECIPE)}
 MODELS = {
     "vae": ("β-VAE", ["--arch", "vae"]),
@@ -45,6 +45,8 @@ FACTORS = {  # of --ablations: their values take turns, all else stays as in the
     "hidden_size": ("appearance size", (3, 6, 16)),
     "py": ("prior of a part", (0.01, 1 / 16, 0.25)),
     "beta_v": ("beta-v", (0.01, 0.1, 1, 10)),
+    "hide": ("what is hidden", (0, 0.25, 0.5, 0.75)),
+    "grey": ("what is grey", (0, 0.5)),
 }
 HEAD = ["--standardise", "--lr", "0.03"]  # classifier.py's own 0.1 is for whole networks
 SUPERVISED = ["--arch", "resnet18", "--lr", "0.1"]
