@@ -51,8 +51,8 @@ def build_parser():
     probe = parser.add_argument_group("what to train")
     probe.add_argument(
         "--standardise", action="store_true",
-        help="bring every feature to mean 0 and deviation 1 before the head, as --linear and --knn always do; features "
-        "learned without labels differ much in scale",
+        help="bring every feature to mean 0 and deviation 1 before the head, by the statistics of batches: features "
+        "that are learned without labels differ much in scale",
     )
     probe.add_argument(
         "--linear", action="store_true",

@@ -92,8 +92,8 @@ def laplacian(x):
 def damage(x, hide, grey, patch):
     """What the encoder is shown of x in training, while all of x has to be reconstructed: B×C×H×W -> B×C×H×W.
 
-    `hide`: the share of the `patch`×`patch` squares that become 0, the mean of all images; `grey`: the share of images
-    whose channels become their mean. Source: Im, Ahn, Memisevic, Bengio, "Denoising Criterion for Variational
+    `hide`: how likely each of the `patch`×`patch` squares becomes 0, the mean of all images; `grey`: how likely the
+    channels of an image become their mean. Source: Im, Ahn, Memisevic, Bengio, "Denoising Criterion for Variational
     Auto-Encoding Framework" (2017).
     """
     if grey:

@@ -348,6 +348,8 @@ def place(tmp_path_factory, finished, judged):
     paint_classes(place / "strange" / "val", ("ant", "cow"), images=2)
     other = checkpoints.load(place / "best.pt", checkpoints.CLASSIFIER)
     torch.save({**other, "classes": 7}, place / "seven.pt")
+    older = {name: value for name, value in other["args"].items() if name != "standardise"}
+    torch.save({**other, "args": older}, place / "older.pt")
     vae = checkpoints.load(place / "model.pt", checkpoints.MODEL)
     torch.save({**vae, "model": {"decoder.x": torch.zeros(1)}}, place / "decoder.pt")
     return place
@@ -378,6 +380,7 @@ BAD_INPUT = [
     ("--resume {place}/model.pt", 1, ["model.pt", "expected a checkpoint of classifier.py"]),
     ("--resume {place}/seven.pt --output-folder {place}", 1, ["7 classes", "10"]),
     ("--resume {place}/best.pt --lr 0.7 --output-folder {place}", 2, ["--lr 0.7 (file: 0.01)"]),
+    ("--resume {place}/older.pt --standardise --output-folder {place}", 2, ["--standardise", "older version"]),
     ("--evaluate", 1, ["best.pt", "no such file"]),
     ("--arch resnet18 --dataset folder --data-folder {place}/flat", 1, ["flat", "train/CLASS/*"]),
     ("--arch resnet18 --dataset folder --data-folder {place}/strange", 1, ["cow", "no training images"]),

@@ -19,7 +19,7 @@ TINY = ["--dataset", "digits", "--size", "16", "--encoder-arch", "pyramid", "--s
 TINY += ["--num-parts", "4", "--workers", "0", "--num-epochs", "2", "--img-per-epoch", "64", "--batch-size", "16"]
 TINY += ["--head-epochs", "2", "--tune-epochs", "2", "--supervised-epochs", "1", "--head-batch-size", "64"]
 TINY += ["--label-fraction", "0.1", "--head-label-fraction", "0.2", "--precision", "fp32"]
-ROW = ["--rows", "paper-patchy", "random", "--seeds", "3"]
+ROW = ["--rows", "paper-patchy", "random-pyramid-8-8", "--seeds", "3"]
 MADE_UP = collections.namedtuple("Row", "name group words")
 
 
@@ -84,7 +84,7 @@ def test_everything_is_judged_and_stands_in_the_files(finished):
 
 
 def test_the_commands_in_the_records_make_the_same_figures(finished, tmp_path):
-    call = finished[1]["calls"]["random-seed3"]["all-head"]
+    call = finished[1]["calls"]["random-pyramid-8-8-seed3"]["all-head"]
     typed = call["command"].split()
     typed[typed.index("--output-folder") + 1] = str(tmp_path)
     assert typed[:2] == ["python", "classifier.py"]
@@ -102,7 +102,7 @@ def test_random_weights_are_those_that_training_starts_from(finished):
     folder, _ = finished
     args, rows = reproduce.parse(command(folder))
     first = {row.name: reproduce.jobs_of(args, row, 3)[0] for row in rows}
-    training, head = (first[name].script.parse(first[name].argv)[0] for name in ("paper-patchy", "random"))
+    training, head = (job.script.parse(job.argv)[0] for job in (first["paper-patchy"], first["random-pyramid-8-8"]))
     assert training.seed == head.seed == 3
     run.torch.manual_seed(training.seed)
     trained = run.modules.build_model(run.options.describe_model(training)).encoder.state_dict()
@@ -147,10 +147,11 @@ def test_what_had_saved_nothing_starts_again(finished, tmp_path, monkeypatch, ca
     with monkeypatch.context() as patch:
         patch.setattr(classifier.features, "linear_probe", lambda *arguments: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
-            reproduce.main(command(tmp_path, "--rows", "random", "--frozen-only"))
+            reproduce.main(command(tmp_path, "--rows", "random-pyramid-8-8", "--frozen-only"))
     assert not (tmp_path / "results.json").exists()
-    content = reproduce.main(command(tmp_path, "--rows", "random", "--frozen-only"))
-    assert calls == ["random-seed3/all-head", "random-seed3/all-probes", "random-seed3/all-probes --overwrite"]
+    content = reproduce.main(command(tmp_path, "--rows", "random-pyramid-8-8", "--frozen-only"))
+    done = ["all-head", "all-probes", "all-probes --overwrite"]
+    assert calls == [f"random-pyramid-8-8-seed3/{call}" for call in done]
     assert content["rows"][0]["scores"]["all-knn"] == finished[1]["rows"][1]["scores"]["all-knn"]
 
 
@@ -211,17 +212,45 @@ def test_the_table_has_every_row_and_every_cut(tmp_path):
             cuts = {part.rpartition("-")[0] for part in parts if "-" in part}
             assert cuts == ({"none"} if name == "supervised" else expected), name
     models = [f"{setting}-{model}" for setting in ("paper", "recipe") for model in reproduce.MODELS]
-    others = ["random", "random-pyramid", "supervised"]
-    assert all(list(found) == models + others for found in names.values())
+    assert all(list(found)[:8] == models and list(found)[-1] == "supervised" for found in names.values())
+    assert list(names[()])[8:-1] == ["random-resnet-8", "random-pyramid-8-64"]
 
 
 def test_a_recipe_with_another_encoder_has_a_floor_of_its_own(monkeypatch):
     monkeypatch.setitem(reproduce.SETTINGS, "recipe", ("recipe", ["--scale", "16"]))
     _, rows = reproduce.parse([])
     floors = {row.name: reproduce.floor_of(row, rows) for row in rows}
-    assert floors["paper-vae"] == "random" and floors["recipe-vae"] == "random-scale-16"
-    assert floors["random"] is None and floors["supervised"] is None
+    assert floors["paper-vae"] == "random-resnet-8" and floors["recipe-vae"] == "random-resnet-16"
+    assert floors["random-resnet-8"] is None and floors["supervised"] is None
     assert [row.words for row in rows if row.kind == "random"] == ["random, scale 8", "random, scale 16"]
+
+
+def test_both_tables_call_the_same_encoder_by_the_same_name():
+    tables = [{row.name: row.typed for row in reproduce.parse(more)[1]} for more in ([], ["--ablations"])]
+    shared = tables[0].keys() & tables[1].keys()
+    assert shared == {"random-pyramid-8-64"} and all(tables[0][name] == tables[1][name] for name in shared)
+
+
+def test_a_row_that_fails_does_not_keep_the_others_from_their_end(tmp_path, monkeypatch, line_of_error):
+    def diverge(argv):
+        raise console.RunError("the loss is no finite number")
+
+    monkeypatch.setattr(run, "main", diverge)
+    status, line = line_of_error(reproduce.main, command(tmp_path, "--frozen-only"))
+    assert status == 1 and "1 of 2 models" in line and "no finite number" in line
+    row, floor = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert not row["scores"] and floor["scores"]["all-head"]["n"] == 1
+
+
+def test_what_an_older_record_does_not_know_was_the_default(finished, tmp_path):
+    args, rows = reproduce.parse(command(tmp_path))
+    training = reproduce.jobs_of(args, rows[0], 3)[0]
+    training.folder.mkdir(parents=True)
+    record = {name: value for name, value in vars(run.parse(training.argv)[0]).items() if name != "hide"}
+    training.record.write_text(json.dumps(record))
+    jobs.check(training)
+    with pytest.raises(console.UsageError, match="--hide 0.0, not 0.5"):
+        jobs.check(training._replace(argv=[*training.argv, "--hide", "0.5"]))
 
 
 def test_options_of_parts_do_not_reach_the_vae():
@@ -238,8 +267,7 @@ def test_ablations_change_one_thing_at_a_time():
     base = trained.pop("ablation-base")
     for name, args in trained.items():
         changed = {key for key, value in vars(args).items() if value != getattr(base, key)} - {"typed"}
-        free = {"py"} if "num-parts" in name else set()  # its default is 1 / parts
-        assert len(changed - free) == 1 and changed - free <= set(reproduce.FACTORS), name
+        assert len(changed) == 1 and changed <= set(reproduce.FACTORS), name
     assert len(trained) == sum(len(values) - 1 for _, values in reproduce.FACTORS.values())
 
 

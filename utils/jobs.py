@@ -53,11 +53,12 @@ def figures_of(job):
 
 
 def check(job):
-    """Raises UsageError if the folder of `job` holds a call with other options; older code knew fewer of them."""
+    """Raises UsageError if the folder of `job` holds a call with other options."""
     if not job.record.exists():
         return
     saved = json.loads(job.record.read_text(encoding="utf-8"))
-    saved, wanted = {**saved, **saved["typed"]}, vars(job.script.parse(job.argv)[0])
+    defaults = vars(job.script.build_parser().parse_args([]))  # what older code did not know, it did by default
+    saved, wanted = {**defaults, **saved, **saved["typed"]}, vars(job.script.parse(job.argv)[0])
     free = {*job.script.FREE, *options.NEVER_SAVED, "typed", "pretrained"} - {"num_epochs", "epochs"}
     names = [name for name in saved if name in wanted and name not in free and saved[name] != wanted[name]]
     other = [f"--{name.replace('_', '-')} {saved[name]}, not {wanted[name]}" for name in names]
@@ -73,17 +74,27 @@ def check(job):
 
 def fulfil(job, device):
     """Do what is left of `job`. Returns whether that was anything."""
-    if figures_of(job) is not None:
-        return False
-    how = []
-    if job.record.exists():
-        how = ["--resume"] if checkpoints.numbered(str(job.saved)) else ["--overwrite"]
-    print(f"\n{tracking.relative(job.folder)}", flush=True)
-    with accounted(job.folder, device):
-        job.script.main([*job.argv, *how])
+    is_new = figures_of(job) is None
+    if is_new:
+        print(f"\n{tracking.relative(job.folder)}", flush=True)
+        with accounted(job.folder, device):
+            job.script.main(argv_from_here(job))
     shutil.rmtree(job.saved, ignore_errors=True)  # of gigabytes, over a hundred calls, that nobody needs any more
     (job.folder / "checkpoint.pt").unlink(missing_ok=True)
-    return True
+    return is_new
+
+
+def argv_from_here(job):
+    """The options that begin `job`, or go on with it where something is saved."""
+    if not job.record.exists():
+        return job.argv
+    if not checkpoints.numbered(str(job.saved)):
+        return [*job.argv, "--overwrite"]
+    argv = list(job.argv)
+    if "--pretrained" in argv:  # the checkpoint has its weights, and the folder may have been moved
+        place = argv.index("--pretrained")
+        del argv[place : place + 2]
+    return [*argv, "--resume"]
 
 
 @contextlib.contextmanager

@@ -223,6 +223,10 @@ def follow_run(args, given, saved, free):
 
     Raises UsageError with all differences where another option on the command line says otherwise.
     """
+    newer = [name for name in given if name not in (*saved, *free, *NEVER_SAVED)]
+    if newer:
+        raise UsageError(f"the run is of an older version, which had no --{newer[0].replace('_', '-')}; drop it")
+    saved = {"precision": "fp32", **saved}  # nor that
     known = {**saved, **saved["typed"]}  # the same command as before, with --resume, contradicts nothing
     fixed = [name for name in known if name in given and name not in (*free, *NEVER_SAVED)]
     names = [name for name in fixed if getattr(args, name) != known[name]]

@@ -35,7 +35,6 @@ def write(args, folder, frozen, classes, results, scores, labels):
         "data": {**data, "classes": len(classes), "test_images": len(labels)},
         "seed": args.seed,
     }
-    tracking.write_json(folder / "results.json", {**results, **content, **runtime.record()})
     hits, images = (
         torch.bincount(part, minlength=len(classes)) for part in (labels[scores.argmax(1) == labels], labels)
     )
@@ -44,6 +43,7 @@ def write(args, folder, frozen, classes, results, scores, labels):
         writer.writerow(["class", "images", "correct", "accuracy"])
         for name, right, count in zip(classes, hits.tolist(), images.tolist()):
             writer.writerow([name, count, right, f"{100 * right / count:.2f}" if count else ""])
+    tracking.write_json(folder / "results.json", {**results, **content, **runtime.record()})  # last: all else is there
     if "best" in results:
         best = results["best"]
         print(f"best (chosen on these test images, so a little flattered): epoch {best['epoch']}  {in_words(best)}")

@@ -100,7 +100,9 @@ def table_rows(args):
 def ablation_rows(args):
     """The rows of --ablations: the recipe's PatchVAE, and every other value of each factor: a list."""
     common = [*model_options(args, "patchy"), *RECIPE]
-    base, rows = run.parse(common)[0], [Row("ablation-base", "recipe", "PatchVAE", common)]
+    base = run.parse(common)[0]
+    common += ["--py", str(base.py)]  # its default would change with the number of parts
+    rows = [Row("ablation-base", "recipe", "PatchVAE", common)]
     for name, (group, values) in FACTORS.items():
         flag, own = f"--{name.replace('_', '-')}", getattr(base, name)
         for text in (f"{value:g}" for value in values if value != own):
@@ -116,7 +118,7 @@ def floors(rows):
     floors = []
     for encoder, found in zip(encoders, known):
         own = [f"{flag.lstrip('-')} {found[flag]}".removeprefix("encoder-arch ") for flag in differ if flag in found]
-        name = "-".join(["random", *own]).replace(" ", "-") if floors else "random"
+        name = "-".join(["random", *found.values()])  # the same whatever else is in the table
         floors.append(Row(name, "without training", ", ".join(["random", *own]), list(encoder), "random"))
     return floors
 
@@ -166,14 +168,13 @@ def build_parser():
     options.add_model_options(parser)
     parser.set_defaults(dataset="cifar10", inet=True)
     what = parser.add_argument_group("what to do")
-    names = ", ".join(f"{setting}-{model}" for setting in SETTINGS for model in MODELS)
     what.add_argument("--rows", nargs="+", metavar="NAME",
-                      help=f"only these rows: {names}, random, supervised (default: all)")
+                      help="only these rows, e.g. recipe-vae recipe-patchy; an unknown name lists all (default: all)")
     what.add_argument("--seeds", nargs="+", type=console.whole(0), default=[1, 2, 3], metavar="K",
                       help="one training each; three or more tell how far chance reaches (default: 1 2 3)")
     what.add_argument("--ablations", action="store_true",
                       help="another table instead, ablations.md: the recipe's PatchVAE with other numbers of parts, "
-                      "appearance sizes, priors and weights of the occurrence's KL, one at a time")  # fmt: skip
+                      "appearance sizes, priors, weights of the occurrence's KL and damage, one at a time")  # fmt: skip
     what.add_argument("--frozen-only", action="store_true",
                       help="judge only encoders that are frozen as a whole; the other cuts train the layers behind "
                       "them, which takes longer than all else but the training itself; so does --ablations")
@@ -293,12 +294,18 @@ def main(argv=None):
     work = {(row.name, seed): jobs_of(args, row, seed) for seed in args.seeds for row in rows}
     for job in (job for todo in work.values() for job in todo):
         jobs.check(job)
-    device, done = runtime.choose_device(args.no_cuda), 0
+    device, done, failed = runtime.choose_device(args.no_cuda), 0, []
     for todo in work.values():  # seed by seed: every row is soon there
         try:
             made = [jobs.fulfil(job, device) for job in todo]
         except (KeyboardInterrupt, console.Terminated) as signal:
             raise type(signal)("stopped; the same command goes on from here") from None
+        except console.UsageError:
+            raise
+        except console.RunError as error:  # the other rows do not depend on it
+            print(f"not finished: {error}", flush=True)
+            failed.append(str(error))
+            continue
         done += sum(made)
         if any(made):
             report(args, rows, work)
@@ -306,6 +313,8 @@ def main(argv=None):
     print(f"\n{standings.markdown(content)}\n{done} calls made; what had been finished was not repeated")
     for name, what in zip(NAMES[args.ablations], ("this table", "its plot", "every figure and its command")):
         print(f"{what}: {tracking.relative(Path(args.output_folder, name))}")
+    if failed:
+        raise console.RunError(f"{len(failed)} of {len(work)} models are not finished; the first: {failed[0]}")
     return content
 
 
@@ -373,7 +382,7 @@ def protocol(args, rows, calls):
     made = [call for found in calls.values() for call in found.values()]
     origin = {name: ", ".join(sorted({str(call.get(name)) for call in made})) for name in ("commit", "torch", "device")}
     hours = sum(call.get("seconds", 0) for call in made) / 3600
-    few = f", {args.head_label_fraction:.0%} of the labels" if args.head_label_fraction < 1 else ""
+    few = f", {100 * args.head_label_fraction:.3g} % of the labels" if args.head_label_fraction < 1 else ""
     tuned = [cut for row in rows if row.kind != "supervised" for cut in cuts_of(args, row) if cut != ALL]
     behind = f", {args.tune_epochs} where the layers behind the cut are trained with it" if tuned else ""
     notes = [
@@ -384,7 +393,7 @@ def protocol(args, rows, calls):
         f"{shlex.join(RECIPE)}. The model is that of the epoch with the lowest loss on test images.",
         f"Head: dropout, linear to 512, ReLU, linear; {shlex.join(HEAD)}; {args.head_epochs} epochs where all is frozen"
         f"{behind}{few}; after the last epoch.",
-        f"Linear, kNN: on the frozen features, standardised, with {args.label_fraction:.0%} of the labels.",
+        f"Linear, kNN: on the frozen features, standardised, with {100 * args.label_fraction:.3g} % of the labels.",
         f"ResNet-18: {args.supervised_epochs} epochs{few}, {shlex.join(SUPERVISED[2:])}; after the last epoch.",
         f"Made in {hours:.2f} hours of {origin['device']}, torch {origin['torch']}, commit {origin['commit']}, by: "
         f"{runtime.record()['command']}",
