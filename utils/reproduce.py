@@ -242,7 +242,7 @@ def jobs_of(args, row, seed):
         return [job(f"{NONE}-head", classifier, *SUPERVISED, *head_budget(args, args.supervised_epochs))]
     budget = typed_again(args, ["num_epochs", "img_per_epoch", "batch_size"])
     todo = [job("training", run, *budget, *row.typed)] if row.kind == "trained" else []
-    for cut in cuts_of(args, row):
+    for cut in reversed(cuts_of(args, row)):  # the frozen encoder first: it is what is asked for, and cheap
         where = [*encoder_of(row, home), "--freeze", "-1" if cut == ALL else cut]
         epochs = args.head_epochs if cut == ALL else args.tune_epochs
         probes = ["--linear", "--knn", "--label-fraction", f"{args.label_fraction:g}"]
