@@ -172,13 +172,10 @@ def check_same(value, what):
 
 
 def parallel(model):
-    """The model to train: gradients become the mean over the processes. A batch is scaled by `batch_mean`.
-
-    Running statistics stay each process's own until `share_statistics`: training does not read them.
-    """
+    """The model to train: gradients become the mean over the processes. A batch is scaled by `batch_mean`."""
     if count() == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model)
 
 
 def batch_mean(values, batch_size):
