@@ -19,7 +19,6 @@ from datasets import DATA_SETS, open_split
 from utils import checkpoints, console, features, loop, options, ranks, recognition, runtime, tracking
 
 SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the encoders that run.py trains
-CUTS = ("conv1", "conv1-3", "conv1-5")
 # Options that a resumed run may change: they do not touch its figures.
 FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "save_minutes", "no_cuda", "gpu")
 CHECKPOINTS = "checkpoints_classifier"  # the folder of the last three states; checkpoint.pt is the newest of them
@@ -124,13 +123,13 @@ def build_parser():
 
 def freeze_type(text):
     """An argparse type: conv1, conv1-3, conv1-5 or a whole number from -1."""
-    if text in CUTS:
+    if text in modules.CUTS:
         return text
     try:
         return console.whole(-1)(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
-            f"'{text}' is neither a whole number of -1 or more nor {', '.join(CUTS)}"
+            f"'{text}' is neither a whole number of -1 or more nor {', '.join(modules.CUTS)}"
         ) from None
 
 
@@ -290,10 +289,7 @@ def load_encoder(model, weights, path):
 def prepare_layers(args, model):
     """Freeze what --freeze names; keep BatchNorm's scale and shift where the encoder comes from a file."""
     names = [name for name, _ in model.encoder.named_children()]
-    count = args.freeze
-    if count in CUTS:
-        family = args.encoder_arch if args.encoder_arch in modules.NAMED_CUTS else "resnet"
-        count = modules.NAMED_CUTS[family][CUTS.index(count)]
+    count = modules.children_until(args.encoder_arch).get(args.freeze, args.freeze)
     probing = args.linear or args.knn
     if count == -1 or probing and count == 0:
         count = len(names)
@@ -338,8 +334,7 @@ def fit(args, model, train, test, folder, checkpoint=None):
     Returns the results, and of the best model the scores (N×classes) and labels (N) of the test images.
     """
     network, train, test = skip_frozen_encoder(args, model, train, test)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.wd)
+    optimizer = build_optimizer(args, model)
     batch_size = min(args.batch_size, len(train))
     options.check_batch(batch_size, cells=1)
     progress = loop.Progress(steps_per_epoch=math.ceil(len(train) / batch_size))
@@ -347,7 +342,6 @@ def fit(args, model, train, test, folder, checkpoint=None):
     progress.tested = args.start_epoch
     if checkpoint:
         loop.restore(checkpoint, optimizer, progress, folder / CHECKPOINTS)
-        runtime.match_layout(optimizer)
     last_step = args.epochs * progress.steps_per_epoch
     stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
     parallel = runtime.compiled(ranks.parallel(network), args.compile)
@@ -375,6 +369,12 @@ def fit(args, model, train, test, folder, checkpoint=None):
         _, scores, labels = evaluate(network, test, args.batch_size)
         tracker.picture("confusion", last_step, recognition.confusion_picture(scores, labels), "confusion.png")
     return {"best": progress.best, "last": progress.last}, scores, labels
+
+
+def build_optimizer(args, model):
+    """SGD on what is not frozen."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.wd)
 
 
 def skip_frozen_encoder(args, model, train, test):

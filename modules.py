@@ -450,8 +450,13 @@ def build_model(options):
 
 # ---------------------------------------------------------------------------------------------------- recognition
 
-# --freeze names of the paper's protocol: how many children of the encoder end with convolution block 1, 3, 5
-NAMED_CUTS = {"resnet": (4, 6, 8), "alexnet": (3, 8, 13), "pyramid": (1, 3, 5), "patches": (1, 3, 5)}
+CUTS = ("conv1", "conv1-3", "conv1-5")  # the paper's names of the layers up to convolution block 1, 3, 5
+_ENDS = {"alexnet": (3, 8, 13), "pyramid": (1, 3, 5), "patches": (1, 3, 5)}
+
+
+def children_until(encoder_arch):
+    """How many children of the encoder end with each of CUTS: a dict; a shallow encoder may have fewer."""
+    return dict(zip(CUTS, _ENDS.get(encoder_arch, (4, 6, 8))))
 
 
 class Classifier(nn.Module):

@@ -207,12 +207,11 @@ def main(argv=None):
 
 def fit(args, described, model, train, test, folder, checkpoint=None):
     """The whole training. Returns the best test figures."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
+    optimizer = build_optimizer(args, model)
     batch_size = min(args.batch_size, args.img_per_epoch)
     progress = loop.Progress(steps_per_epoch=math.ceil(args.img_per_epoch / batch_size))
     if checkpoint:
         loop.restore(checkpoint, optimizer, progress, folder / "checkpoints")
-        runtime.match_layout(optimizer)
     last_step = args.num_epochs * progress.steps_per_epoch
     # Order, mirroring and noise are functions of (seed, step): the step is all that has to be remembered of them.
     stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
@@ -240,6 +239,11 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
         tracker.options(vars(args), {f"best/{name}": value for name, value in progress.best.items()})
     say_farewell(args, progress.first, progress.best, folder, train.source)
     return progress.best
+
+
+def build_optimizer(args, model):
+    """Adam as the paper has it."""
+    return torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
 
 
 def train_step(args, model, optimizer, x, batch_size, progress):

@@ -1,6 +1,5 @@
 """The tools filters, edges, export and architecture show and write what the model or the loss has, and nothing else."""
 
-
 import numpy as np
 import pytest
 import torch

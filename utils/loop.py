@@ -11,7 +11,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from utils import checkpoints, ranks, tracking
+from utils import checkpoints, ranks, runtime, tracking
 from utils.console import RunError, Terminated
 
 COPIES = 2.0  # seconds in which a second signal is a copy of the first: torchrun's, or a child's that was just forked
@@ -186,6 +186,7 @@ def restore(checkpoint, optimizer, progress, folder):
     except KeyError as error:
         raise RunError(f"{folder}: an older version wrote the checkpoint (no {error}); start anew") from None
     optimizer.load_state_dict(checkpoint["optimizer"])
+    runtime.match_layout(optimizer)
     ranks.check_same(progress.step, "the step that they go on from")
     if ranks.is_main():
         checkpoints.drop_later(folder, progress.step)

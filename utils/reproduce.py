@@ -130,6 +130,11 @@ def floor_of(row, rows):
     return next((other.name for other in rows if other.kind == "random" and other.encoder == row.encoder), None)
 
 
+def unsupervised(rows):
+    """Those of `rows` that have an encoder to be frozen: a list."""
+    return [row for row in rows if row.kind != "supervised"]
+
+
 def contrasts(rows, ablations):
     """What is compared seed by seed: a list of (words, name of a row, name of the row that is subtracted)."""
     names = {row.name for row in rows}
@@ -242,7 +247,7 @@ def jobs_of(args, row, seed):
         return [job(f"{NONE}-head", classifier, *SUPERVISED, *head_budget(args, args.supervised_epochs))]
     budget = typed_again(args, ["num_epochs", "img_per_epoch", "batch_size"])
     todo = [job("training", run, *budget, *row.typed)] if row.kind == "trained" else []
-    for cut in reversed(cuts_of(args, row)):  # the frozen encoder first: it is what is asked for, and cheap
+    for cut in cuts_of(args, row):
         where = [*encoder_of(row, home), "--freeze", "-1" if cut == ALL else cut]
         epochs = args.head_epochs if cut == ALL else args.tune_epochs
         probes = ["--linear", "--knn", "--label-fraction", f"{args.label_fraction:g}"]
@@ -265,15 +270,15 @@ def head_budget(args, epochs):
 
 
 def cuts_of(args, row):
-    """Where the encoder of `row` is frozen: those of the paper's cuts that lie within it, and ALL."""
+    """Where the encoder of `row` is frozen: ALL, which is cheap to judge, and the paper's cuts within it: a list."""
     ends, children = ends_of(*row.encoder)
     inner = [] if args.frozen_only or args.ablations else [name for name, end in ends.items() if end < children]
-    return [*inner, ALL]
+    return [ALL, *reversed(inner)]
 
 
 def last_cut(rows):
     """The paper's name for the end of the encoders of `rows` in brackets, or "" where they differ or have none."""
-    found = [ends_of(*row.encoder) for row in rows if row.kind != "supervised"]
+    found = [ends_of(*row.encoder) for row in unsupervised(rows)]
     names = {next((f" ({name})" for name, end in ends.items() if end == children), "") for ends, children in found}
     return names.pop() if len(names) == 1 else ""
 
@@ -284,8 +289,7 @@ def ends_of(*encoder):
     found = _settled(encoder)
     with torch.device("meta"):  # its structure, no weights
         network, _ = modules.build_encoder(found.encoder_arch, 3, found.scale, found.ngf)
-    family = found.encoder_arch if found.encoder_arch in modules.NAMED_CUTS else "resnet"
-    return dict(zip(classifier.CUTS, modules.NAMED_CUTS[family])), len(list(network.children()))
+    return modules.children_until(found.encoder_arch), len(list(network.children()))
 
 
 def main(argv=None):
@@ -363,18 +367,20 @@ def scores_of(calls):
     scores = {}
     for part, found in calls.items():
         cut, _, judge = part.rpartition("-")
-        for name in {"head": ("last",), "probes": ("linear", "knn")}.get(judge, ()):
-            scores[f"{cut}-{'head' if name == 'last' else name}"] = found[name]["top1"]
+        if judge == "head":
+            scores[part] = found["last"]["top1"]
+        elif judge == "probes":
+            scores |= {f"{cut}-{name}": found[name]["top1"] for name in ("linear", "knn")}
     return scores
 
 
 def columns_of(args, rows):
     """The columns of the table and their headings: a dict."""
-    found = {cut for row in rows if row.kind != "supervised" for cut in cuts_of(args, row)}
-    words = {cut: f"frozen: {cut}" for cut in classifier.CUTS} | {ALL: f"all frozen{last_cut(rows)}"}
+    found = {cut for row in unsupervised(rows) for cut in cuts_of(args, row)}
+    words = {cut: f"frozen: {cut}" for cut in modules.CUTS} | {ALL: f"all frozen{last_cut(rows)}"}
     cuts = [cut for cut in words if cut in found]
     columns = {f"{cut}-{judge}": f"{words[cut]}, {title}" for cut in cuts for judge, title in standings.JUDGES.items()}
-    return columns | ({f"{NONE}-head": "nothing frozen"} if any(row.kind == "supervised" for row in rows) else {})
+    return columns | ({f"{NONE}-head": "nothing frozen"} if len(unsupervised(rows)) < len(rows) else {})
 
 
 def protocol(args, rows, calls):
@@ -383,22 +389,24 @@ def protocol(args, rows, calls):
     origin = {name: ", ".join(sorted({str(call.get(name)) for call in made})) for name in ("commit", "torch", "device")}
     hours = sum(call.get("seconds", 0) for call in made) / 3600
     few = f", {100 * args.head_label_fraction:.3g} % of the labels" if args.head_label_fraction < 1 else ""
-    tuned = [cut for row in rows if row.kind != "supervised" for cut in cuts_of(args, row) if cut != ALL]
-    behind = f", {args.tune_epochs} where the layers behind the cut are trained with it" if tuned else ""
+    is_cut = any(len(cuts_of(args, row)) > 1 for row in unsupervised(rows))
+    behind = f", {args.tune_epochs} where the layers behind the cut are trained with it" if is_cut else ""
     notes = [
         f"Top-1 in % on the test images of {args.dataset}; seeds {', '.join(map(str, args.seeds))}. ±: standard "
         "deviation over seeds (n − 1); differences are taken seed by seed.",
         f"Trained without labels: {args.num_epochs} x {args.img_per_epoch:,} images, batch {args.batch_size}, "
-        f"{'; '.join(sorted({' '.join(row.encoder) for row in rows if row.kind != 'supervised'}))}; recipe: "
+        f"{'; '.join(sorted({' '.join(row.encoder) for row in unsupervised(rows)}))}; recipe: "
         f"{shlex.join(RECIPE)}. The model is that of the epoch with the lowest loss on test images.",
         f"Head: dropout, linear to 512, ReLU, linear; {shlex.join(HEAD)}; {args.head_epochs} epochs where all is frozen"
         f"{behind}{few}; after the last epoch.",
         f"Linear, kNN: on the frozen features, standardised, with {100 * args.label_fraction:.3g} % of the labels.",
-        f"ResNet-18: {args.supervised_epochs} epochs{few}, {shlex.join(SUPERVISED[2:])}; after the last epoch.",
         f"Made in {hours:.2f} hours of {origin['device']}, torch {origin['torch']}, commit {origin['commit']}, by: "
         f"{runtime.record()['command']}",
     ]
-    return [note for note in notes if any(row.kind == "supervised" for row in rows) or "ResNet-18" not in note]
+    if len(unsupervised(rows)) < len(rows):
+        with_labels = f"{args.supervised_epochs} epochs{few}, {shlex.join(SUPERVISED[2:])}; after the last epoch."
+        notes.insert(-1, f"ResNet-18: {with_labels}")
+    return notes
 
 
 if __name__ == "__main__":

@@ -110,12 +110,8 @@ class Ours:
             self.model = runtime.channels_last(build(self.args, source.classes, device))
             if self.is_classifier:
                 self.model, train, _ = classifier.skip_frozen_encoder(self.args, self.model, train, train)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = script_of(setting).build_optimizer(self.args, self.model)
         self.network = runtime.compiled(self.model, self.args.compile).train()
-        if self.is_classifier:
-            self.optimizer = torch.optim.SGD(trained, self.args.lr, momentum=0.9, weight_decay=1e-4)
-        else:
-            self.optimizer = torch.optim.Adam(trained, self.args.lr, betas=(0.5, 0.999), fused=True)
         self.stream = train.training(self.batch_size, self.args.seed, 1, 10**9)
         if not isinstance(train, features.StoredFeatures):
             for _ in range(-(-2 * len(train) // self.batch_size)):  # until every image has been decoded
@@ -137,11 +133,16 @@ class Ours:
 VARIANTS = {"plain": Plain, "ours": Ours}
 
 
+def script_of(setting):
+    """The module whose training it is: run or classifier."""
+    return classifier if setting.is_classifier else run
+
+
 def options_of(setting, folder, device):
     """The options that the script itself would have, and the batch size."""
     batch = setting.batch if device.type == "cuda" else setting.batch_on_cpu
     typed = ["--dataset", "folder", "--data-folder", str(folder), "--batch-size", str(batch), *setting.typed.split()]
-    args = (classifier if setting.is_classifier else run).parse(typed)[0]
+    args = script_of(setting).parse(typed)[0]
     args.fresh = []
     args.precision = runtime.choose_precision(args.precision, device)
     return args, args.batch_size
