@@ -4,12 +4,12 @@ Imports nothing heavy, so that `--help` and a mistyped option answer at once.
 """
 
 import argparse
+import contextlib
 import errno
 import math
 import os
 import signal
 import sys
-
 
 LOST = ("DistBackendError", "DistNetworkError", "DistStoreError", "gloo", "NCCL")  # a peer's end, as torch reports it
 
@@ -94,6 +94,12 @@ def run(main):
         rank = os.environ.get("RANK", "0")
         who = os.path.basename(sys.argv[0]) + (f", rank {rank}" if rank != "0" else "")
         print(f"{who}: {line}".replace("\n", " "), file=sys.stderr)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():  # so it ends in an error, and not at the same time as the others:
+        with contextlib.suppress(OSError):  # a connection that breaks while Python closes down would abort it
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
