@@ -55,7 +55,8 @@ def build_parser():
     )
     probe.add_argument(
         "--linear", action="store_true",
-        help="instead of the head: logistic regression on the features where --freeze ends, by default the last"
+        help="instead of the head: logistic regression on the features where --freeze ends, by default the last; maps "
+        f"of more than {features.LARGEST:,} numbers are averaged down to that",
     )
     probe.add_argument(
         "--knn", action="store_true", help="instead of the head: a vote of the nearest training images, likewise"
@@ -266,9 +267,9 @@ def few_labels(labels, fraction, seed):
 def build_model(args, classes):
     """A modules.Classifier with fresh weights."""
     encoder, channels = modules.build_encoder(args.encoder_arch, DATA_SETS[args.dataset].channels, args.scale, args.ngf)
-    pooled = args.arch in SUPERVISED
-    cells = 1 if pooled else (args.size // args.scale) ** 2
-    return modules.Classifier(encoder, channels * cells, classes, pooled, args.standardise)
+    grid = 1 if args.arch in SUPERVISED else None
+    cells = grid or (args.size // args.scale) ** 2
+    return modules.Classifier(encoder, channels * cells, classes, grid, args.standardise)
 
 
 def load_encoder(model, weights, path):
@@ -467,9 +468,11 @@ def report(args, progress, tracker):
 def probe(args, model, train, test, folder, checkpoint=None):
     """Linear and nearest-neighbour probes on frozen features: the results, the last probe's scores, the labels.
 
-    Of several processes all encode, and rank 0 fits; the others return nothing. There is nothing to go on from.
+    Large maps, as those after the first layers, are averaged down to what a probe can be fitted to. Of several
+    processes all encode, and rank 0 fits; the others return nothing. There is nothing to go on from.
     """
     model.eval()
+    model.grid = model.grid or features.coarser_grid(model.encoder(test.examples(1)))
     x, labels = features.extract(model.features, train, args.batch_size)
     test_x, test_labels = features.extract(model.features, test, args.batch_size)
     if not ranks.is_main():
@@ -483,6 +486,7 @@ def probe(args, model, train, test, folder, checkpoint=None):
                 x.numpy(), labels.numpy(), test_x.numpy(), len(train.source.classes), args.seed
             )
             scores, seconds = torch.from_numpy(scores), time.perf_counter() - started
+            settings["features"] = x.shape[1]
             results[name] = {**recognition.accuracy(scores, test_labels), **settings, "seconds": seconds}
             print(f"{name}  {recognition.in_words(results[name])}  {settings}")
     recognition.confusion_picture(scores, test_labels).save(folder / "confusion.png")

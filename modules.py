@@ -462,13 +462,13 @@ def children_until(encoder_arch):
 class Classifier(nn.Module):
     """An encoder, frozen as far as it is wanted, under a small head that names the class."""
 
-    def __init__(self, encoder, feature_size, classes, pooled=False, standardise=False):
-        """`pooled`: average the encoder's map over its cells (feature_size = D) instead of flattening it (D·h·w).
+    def __init__(self, encoder, feature_size, classes, grid=None, standardise=False):
+        """`grid`: average the encoder's map down to grid×grid cells before it is flattened (feature_size = D·grid²).
 
         `standardise`: the head sees every feature with mean 0 and variance 1.
         """
         super().__init__()
-        self.encoder, self.pooled, self.frozen, self.feature_size = encoder, pooled, 0, feature_size
+        self.encoder, self.grid, self.frozen, self.feature_size = encoder, grid, 0, feature_size
         first = [nn.BatchNorm1d(feature_size, affine=False)] if standardise else []
         layers = nn.Dropout(), nn.Linear(feature_size, 512), nn.ReLU(), nn.Linear(512, classes)
         self.head = nn.Sequential(*first, *layers)
@@ -480,7 +480,8 @@ class Classifier(nn.Module):
     def features(self, x):
         """x: B×C×H×W -> what the head sees: B×feature_size."""
         f = self.encoder(x)  # B×D×h×w
-        return f.mean(dim=(2, 3)) if self.pooled else f.flatten(1)
+        f = F.adaptive_avg_pool2d(f, self.grid) if self.grid else f
+        return f.flatten(1)
 
     def freeze(self, children):
         """Freeze the first `children` children of the encoder: no gradient, no new running statistics."""

@@ -248,8 +248,11 @@ def test_linear_and_knn_report_together(finished, tmp_path):
     assert set(json.loads((tmp_path / "results.json").read_text())) >= {"linear", "knn"}
 
 
-def test_a_probe_reads_the_features_where_freezing_ends(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("largest, side", [(64 * 64, 8), (64 * 64 - 1, 7), (64 * 16, 4), (63, 1)])
+def test_a_probe_reads_the_features_where_freezing_ends(finished, tmp_path, monkeypatch, largest, side):
+    """The map of 64 channels on 8×8 cells itself, or, where that is too large, its averages over coarser cells."""
     seen = {}
+    monkeypatch.setattr(features, "LARGEST", largest)
     monkeypatch.setattr(features, "neighbour_probe", lambda x, *rest: seen.update(x=x) or (np.zeros((360, 10)), {}))
     train(tmp_path, "--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--knn", "--freeze", "conv1")
     model = checkpoints.load(finished[0] / "model.pt", checkpoints.MODEL)
@@ -258,7 +261,8 @@ def test_a_probe_reads_the_features_where_freezing_ends(finished, tmp_path, monk
     train_set = classifier.parse([*QUICK, "--arch", "patchy", "--random-init", "--ngf", "16"])[0]
     x, _ = next(classifier.open_labelled(train_set, torch.device("cpu"))[0].in_order(5))
     with torch.no_grad():
-        expected = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x)))).flatten(1)
+        f = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x))))
+        expected = torch.nn.functional.adaptive_avg_pool2d(f, side).flatten(1)
     np.testing.assert_allclose(seen["x"][:5], expected, rtol=1e-4, atol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Features of a frozen encoder: computed once, stored, and read by linear and nearest-neighbour probes."""
 
+import math
 import warnings
 
 import numpy as np
@@ -17,6 +18,7 @@ from utils.console import RunError
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of the linear probe, the strongest first
 NEIGHBOURS = 20
+LARGEST = 9216  # numbers of an image that a probe reads, those of AlexNet's last convolution
 
 
 @torch.no_grad()
@@ -34,6 +36,16 @@ def extract(encode, batches, batch_size, mirrored=False):
         part = slice(start, start + len(found))
         features[part], labels[part], start = found, y, part.stop
     return ranks.gather_rows(features, len(batches)), ranks.gather_rows(labels, len(batches))
+
+
+def coarser_grid(f):
+    """How many cells a side the map f, B×D×h×w, may keep, so that a probe reads at most LARGEST numbers: int or None.
+
+    None where all may stay. Source: Goyal, Mahajan, Gupta, Misra, "Scaling and Benchmarking Self-Supervised Visual
+    Representation Learning" (2019), whose probes average over cells likewise.
+    """
+    channels, height, width = f.shape[1:]
+    return max(1, math.isqrt(LARGEST // channels)) if channels * height * width > LARGEST else None
 
 
 class StoredFeatures:
