@@ -335,7 +335,7 @@ def report(args, rows, work):
     floor = {row.name: floor_of(row, rows) for row in rows}
     statistics = standings.summarise(rows, scores, contrasts(rows, args.ablations), floor)
     content = {
-        "title": f"Recognition on {args.dataset} with frozen encoders{', one change at a time' * args.ablations}",
+        "title": f"Recognition on {images_of(args)} with frozen encoders{', one change at a time' * args.ablations}",
         "frozen": f"all frozen{last_cut(rows)}", "seeds": args.seeds, "columns": columns_of(args, rows), **statistics,
         "notes": protocol(args, rows, calls), **runtime.record(), "calls": calls,
     }  # fmt: skip
@@ -348,6 +348,11 @@ def report(args, rows, work):
         grids.save(standings.plot(content), str(plot))
         checkpoints.write(table, lambda file: file.write(standings.markdown(content).encode()))
     return content
+
+
+def images_of(args):
+    """What the images are called: the data set, or the folder they lie in."""
+    return args.dataset if args.dataset != "folder" else Path(args.data_folder).name or args.dataset
 
 
 def account(todo):
@@ -392,7 +397,7 @@ def protocol(args, rows, calls):
     is_cut = any(len(cuts_of(args, row)) > 1 for row in unsupervised(rows))
     behind = f", {args.tune_epochs} where the layers behind the cut are trained with it" if is_cut else ""
     notes = [
-        f"Top-1 in % on the test images of {args.dataset}; seeds {', '.join(map(str, args.seeds))}. ±: standard "
+        f"Top-1 in % on the test images of {images_of(args)}; seeds {', '.join(map(str, args.seeds))}. ±: standard "
         "deviation over seeds (n − 1); differences are taken seed by seed.",
         f"Trained without labels: {args.num_epochs} x {args.img_per_epoch:,} images, batch {args.batch_size}, "
         f"{'; '.join(sorted({' '.join(row.encoder) for row in unsupervised(rows)}))}; recipe: "
