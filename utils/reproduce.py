@@ -45,8 +45,11 @@ FACTORS = {  # of --ablations: their values take turns, all else stays as in the
     "hidden_size": ("appearance size", (3, 6, 16)),
     "py": ("prior of a part", (0.01, 1 / 16, 0.25)),
     "beta_v": ("beta-v", (0.01, 0.1, 1, 10)),
+    "beta_a": ("beta-a", (0.1, 1)),
     "hide": ("what is hidden", (0, 0.25, 0.5, 0.75)),
     "grey": ("what is grey", (0, 0.5)),
+    "lr": ("learning rate", (1e-4, 1e-3)),
+    "encoder_arch": ("encoder", ("pyramid", "resnet")),
 }
 HEAD = ["--standardise", "--lr", "0.03"]  # classifier.py's own 0.1 is for whole networks
 SUPERVISED = ["--arch", "resnet18", "--lr", "0.1"]
@@ -105,9 +108,14 @@ def ablation_rows(args):
     rows = [Row("ablation-base", "recipe", "PatchVAE", common)]
     for name, (group, values) in FACTORS.items():
         flag, own = f"--{name.replace('_', '-')}", getattr(base, name)
-        for text in (f"{value:g}" for value in values if value != own):
-            rows.append(Row(f"ablation{flag[1:]}-{text}", f"{group} (recipe: {own:g})", text, [*common, flag, text]))
+        for text in (in_short(value) for value in values if value != own):
+            words = f"{group} (recipe: {in_short(own)})"
+            rows.append(Row(f"ablation{flag[1:]}-{text}", words, text, [*common, flag, text]))
     return [*rows, *floors(rows)]
+
+
+def in_short(value):
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def floors(rows):
@@ -179,7 +187,7 @@ def build_parser():
                       help="one training each; three or more tell how far chance reaches (default: 1 2 3)")
     what.add_argument("--ablations", action="store_true",
                       help="another table instead, ablations.md: the recipe's PatchVAE with other numbers of parts, "
-                      "appearance sizes, priors, weights of the occurrence's KL and damage, one at a time")  # fmt: skip
+                      "appearance sizes, priors, betas, damage, another learning rate or encoder, one at a time")  # fmt: skip
     what.add_argument("--frozen-only", action="store_true",
                       help="judge only encoders that are frozen as a whole; the other cuts train the layers behind "
                       "them, which takes longer than all else but the training itself; so does --ablations")
