@@ -227,6 +227,11 @@ def main(argv=None):
 
 def open_labelled(args, device):
     """Training and test Batches, both with labels that mean the same classes."""
+    return options.open_batches(args, labelled_sources(args), device)
+
+
+def labelled_sources(args):
+    """The training images, as many as --label-fraction wants, and the test images: a tuple. Raises RunError."""
     with ranks.main_first():
         train, test = (open_split(args.dataset, args.data_folder, split, args.size) for split in ("train", "test"))
     for source in (train, test):
@@ -246,7 +251,7 @@ def open_labelled(args, device):
         raise console.RunError(f"--dataset {args.dataset} has a single class; there is nothing to tell apart")
     if args.label_fraction < 1:
         train = train.subset(few_labels(train.labels, args.label_fraction, args.seed))
-    return options.open_batches(args, (train, test), device)
+    return train, test
 
 
 def few_labels(labels, fraction, seed):

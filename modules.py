@@ -92,8 +92,8 @@ def laplacian(x):
 def damage(x, hide, grey, patch):
     """What the encoder is shown of x in training, while all of x has to be reconstructed: B×C×H×W -> B×C×H×W.
 
-    `hide`: how likely each of the `patch`×`patch` squares becomes 0, the mean of all images; `grey`: how likely the
-    channels of an image become their mean. Source: Im, Ahn, Memisevic, Bengio, "Denoising Criterion for Variational
+    `hide`: how likely each of the `patch`×`patch` squares becomes 0, which is grey; `grey`: how likely the channels
+    of an image become their mean. Source: Im, Ahn, Memisevic, Bengio, "Denoising Criterion for Variational
     Auto-Encoding Framework" (2017).
     """
     if grey:
@@ -486,6 +486,8 @@ class Classifier(nn.Module):
     def freeze(self, children):
         """Freeze the first `children` children of the encoder: no gradient, no new running statistics."""
         self.frozen = children
+        if children == len(self.encoder) and isinstance(self.head[0], nn.BatchNorm1d):
+            self.head[0].momentum = None  # its input no longer changes: the mean over all batches, however few
         for child in self.frozen_children():
             child.requires_grad_(False)
         self.train(self.training)

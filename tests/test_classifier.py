@@ -266,6 +266,17 @@ def test_a_probe_reads_the_features_where_freezing_ends(finished, tmp_path, monk
     np.testing.assert_allclose(seen["x"][:5], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-2])
+def test_features_of_a_frozen_encoder_are_standardised_from_the_first_steps_on(scale):
+    """Whatever their scale: those of random weights are small, and must not seem worse for it."""
+    model = modules.Classifier(torch.nn.Sequential(torch.nn.Identity()), 8, 2, standardise=True)
+    model.freeze(1)
+    for _ in range(2):
+        model(5 + scale * torch.randn(64, 8, 1, 1))
+    found = model.eval().head[0](5 + scale * torch.randn(1000, 8))
+    assert found.mean(0).abs().max() < 0.5 and 0.7 < found.std(0).min() and found.std(0).max() < 1.4
+
+
 def test_the_head_sees_standardised_features(finished, tmp_path):
     options = ["--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--freeze", -1, "--standardise", "-b", 32]
     train(tmp_path, *options)

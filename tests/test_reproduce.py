@@ -1,19 +1,25 @@
 """utils/reproduce.py does everything once, goes on where it stopped, refuses what does not fit, and reports truly."""
 
 import collections
+import contextlib
 import json
 import math
+import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 import classifier
+import modules
 import run
-from utils import console, jobs, reproduce, standings
+import utils.rows
+from utils import console, jobs, options, reproduce, standings
 
 TINY = ["--dataset", "digits", "--size", "16", "--encoder-arch", "pyramid", "--scale", "8", "--ngf", "8"]
 TINY += ["--num-parts", "4", "--workers", "0", "--num-epochs", "2", "--img-per-epoch", "64", "--batch-size", "16"]
@@ -97,6 +103,41 @@ def test_nothing_finished_is_repeated(finished, calls):
     assert calls == [] and again["calls"] == content["calls"] and again["rows"] == content["rows"]
 
 
+def test_a_report_has_all_that_the_folder_has(finished, tmp_path, calls):
+    """Also what other commands, or other processes, have made."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    content = reproduce.main(command(tmp_path, "--rows", "random-pyramid-8-8", "--seeds", "4"))
+    assert {call.split("/")[0] for call in calls} == {"random-pyramid-8-8-seed4"}
+    scores = {row["name"]: row["scores"]["conv1-knn"]["seeds"] for row in content["rows"]}
+    assert [list(seeds) for seeds in scores.values()] == [["3"], ["3", "4"]] and content["seeds"] == [3, 4]
+    assert "(n = 1)" in (tmp_path / "table.md").read_text()
+
+
+def test_the_protocol_is_what_was_called(finished):
+    notes = "\n".join(finished[1]["notes"])
+    for call in (call for found in finished[1]["calls"].values() for call in found.values()):
+        kind = call["command"].split("/runs/")[0].split(" --arch ")[0]  # up to the model
+        assert kind in notes
+    assert "For instance (training, paper's setting): `python run.py" in notes and "try of the command" not in notes
+    assert "ResNet-18" not in notes and "training, recipe" not in notes
+
+
+def test_seconds_and_origins_add_up_and_what_is_refused_is_not_noted(tmp_path, monkeypatch):
+    def refuse():
+        raise console.RunError("the folder is in use")
+
+    for commit, work in (("a", lambda: None), ("b", lambda: signal.raise_signal(signal.SIGINT)), ("c", refuse)):
+        monkeypatch.setattr(jobs, "commit", lambda commit=commit: commit)
+        before = json.loads((tmp_path / "made.json").read_text()) if commit != "a" else {"seconds": 0}
+        with contextlib.suppress(KeyboardInterrupt, console.RunError):
+            with jobs.accounted(tmp_path, torch.device("cpu")):
+                time.sleep(0.11)
+                work()
+        made = json.loads((tmp_path / "made.json").read_text())
+        assert (made["seconds"] >= before["seconds"] + 0.1) == (commit != "c")
+    assert made["commit"] == ["a", "b"] and len(made["device"]) == 1
+
+
 def test_random_weights_are_those_that_training_starts_from(finished):
     """The floor is paired with the trained row: the same seed draws the same encoder."""
     folder, _ = finished
@@ -104,11 +145,11 @@ def test_random_weights_are_those_that_training_starts_from(finished):
     first = {row.name: reproduce.jobs_of(args, row, 3)[0] for row in rows}
     training, head = (job.script.parse(job.argv)[0] for job in (first["paper-patchy"], first["random-pyramid-8-8"]))
     assert training.seed == head.seed == 3
-    run.torch.manual_seed(training.seed)
-    trained = run.modules.build_model(run.options.describe_model(training)).encoder.state_dict()
-    run.torch.manual_seed(head.seed)
+    torch.manual_seed(training.seed)
+    trained = modules.build_model(options.describe_model(training)).encoder.state_dict()
+    torch.manual_seed(head.seed)
     floor = classifier.build_model(head, 10).encoder.state_dict()
-    assert trained.keys() == floor.keys() and all(run.torch.equal(trained[name], floor[name]) for name in trained)
+    assert trained.keys() == floor.keys() and all(torch.equal(trained[name], floor[name]) for name in trained)
 
 
 class Stop:
@@ -169,8 +210,8 @@ def test_other_options_are_refused_before_anything_is_done(finished, calls, line
 def test_another_recipe_is_refused(tmp_path, monkeypatch, line_of_error):
     rows = ["--rows", "recipe-vae", "--frozen-only"]
     reproduce.main(command(tmp_path, *rows))
-    recipe = {"recipe": ("recipe", [*reproduce.RECIPE, "--beta-a", "0.5"])}
-    monkeypatch.setattr(reproduce, "SETTINGS", {**reproduce.SETTINGS, **recipe})
+    recipe = {"recipe": ("recipe", [*utils.rows.RECIPE, "--beta-a", "0.5"])}
+    monkeypatch.setattr(utils.rows, "SETTINGS", {**utils.rows.SETTINGS, **recipe})
     status, line = line_of_error(reproduce.main, command(tmp_path, *rows))
     assert status == 2 and "--beta-a 0.1, not 0.5" in line
 
@@ -184,6 +225,16 @@ def test_other_images_of_the_same_name_are_refused(tmp_path, class_folder, line_
     argv = [str(tmp_path) if word == str(class_folder) else word for word in job.argv]
     with pytest.raises(console.UsageError, match="--data-folder"):
         jobs.check(job._replace(argv=argv))
+
+
+def test_images_without_labels_are_refused_before_anything_is_trained(tmp_path, class_folder, calls, line_of_error):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for image in (path for path in class_folder.rglob("*") if path.is_file()):
+        shutil.copy(image, flat / f"{image.parent.name}_{image.name}")
+    more = ["--dataset", "folder", "--data-folder", flat]
+    status, line = line_of_error(reproduce.main, list(map(str, command(tmp_path / "out", *more))))
+    assert status == 1 and "without classes" in line and calls == []
 
 
 def test_a_row_that_there_is_not_is_refused(line_of_error):
@@ -211,24 +262,33 @@ def test_the_table_has_every_row_and_every_cut(tmp_path):
         for name, parts in names[more].items():
             cuts = {part.rpartition("-")[0] for part in parts if "-" in part}
             assert cuts == ({"none"} if name == "supervised" else expected), name
-    models = [f"{setting}-{model}" for setting in ("paper", "recipe") for model in reproduce.MODELS]
+    models = [f"{setting}-{model}" for setting in ("paper", "recipe") for model in utils.rows.MODELS]
     assert all(list(found)[:8] == models and list(found)[-1] == "supervised" for found in names.values())
     assert list(names[()])[8:-1] == ["random-resnet-8", "random-pyramid-8-64"]
 
 
 def test_a_recipe_with_another_encoder_has_a_floor_of_its_own(monkeypatch):
-    monkeypatch.setitem(reproduce.SETTINGS, "recipe", ("recipe", ["--scale", "16"]))
+    monkeypatch.setitem(utils.rows.SETTINGS, "recipe", ("recipe", ["--scale", "16"]))
     _, rows = reproduce.parse([])
-    floors = {row.name: reproduce.floor_of(row, rows) for row in rows}
+    floors = {row.name: utils.rows.floor_of(row, rows) for row in rows}
     assert floors["paper-vae"] == "random-resnet-8" and floors["recipe-vae"] == "random-resnet-16"
     assert floors["random-resnet-8"] is None and floors["supervised"] is None
     assert [row.words for row in rows if row.kind == "random"] == ["random, scale 8", "random, scale 16"]
 
 
+def test_an_encoder_on_the_command_line_is_that_of_all_rows():
+    for more in ([], ["--ablations"]):
+        _, rows = reproduce.parse(["--encoder-arch", "patches", "--scale", "16", *more])
+        trained = [row for row in rows if row.kind == "trained" and "encoder-arch" not in row.name]
+        assert {row.settled.encoder_arch for row in trained} == {"patches"}
+    assert reproduce.parse(["--encoder-arch", "pyramid", "--scale", "64", "--size", "128"])[1][0].settled.scale == 64
+
+
 def test_both_tables_call_the_same_encoder_by_the_same_name():
     tables = [{row.name: row.typed for row in reproduce.parse(more)[1]} for more in ([], ["--ablations"])]
     shared = tables[0].keys() & tables[1].keys()
-    assert shared == {"random-pyramid-8-64"} and all(tables[0][name] == tables[1][name] for name in shared)
+    assert shared == {"random-pyramid-8-64", "random-resnet-8"}
+    assert all(tables[0][name] == tables[1][name] for name in shared)
 
 
 def test_a_row_that_fails_does_not_keep_the_others_from_their_end(tmp_path, monkeypatch, line_of_error):
@@ -267,8 +327,8 @@ def test_ablations_change_one_thing_at_a_time():
     base = trained.pop("ablation-base")
     for name, args in trained.items():
         changed = {key for key, value in vars(args).items() if value != getattr(base, key)} - {"typed"}
-        assert len(changed) == 1 and changed <= set(reproduce.FACTORS), name
-    assert len(trained) == sum(len(values) - 1 for _, values in reproduce.FACTORS.values())
+        assert len(changed) == 1 and changed <= set(utils.rows.FACTORS), name
+    assert len(trained) == sum(len(values) - 1 for _, values in utils.rows.FACTORS.values())
 
 
 # ---------------------------------------------------------------------------------------------------- reporting

@@ -18,7 +18,7 @@ from utils.console import RunError
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of the linear probe, the strongest first
 NEIGHBOURS = 20
-LARGEST = 9216  # numbers of an image that a probe reads, those of AlexNet's last convolution
+LARGEST = 9216  # numbers of an image that a probe reads: as many as AlexNet's convolutions leave
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Calls of run.py and classifier.py that are made once: what is finished stays, what was stopped goes on."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import torch
 import classifier
 import run
 from utils import checkpoints, options, runtime, tracking
-from utils.console import UsageError
+from utils.console import RunError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,6 +80,7 @@ def fulfil(job, device):
         print(f"\n{tracking.relative(job.folder)}", flush=True)
         with accounted(job.folder, device):
             job.script.main(argv_from_here(job))
+        tracking.release(job.folder)
     shutil.rmtree(job.saved, ignore_errors=True)  # of gigabytes, over a hundred calls, that nobody needs any more
     (job.folder / "checkpoint.pt").unlink(missing_ok=True)
     return is_new
@@ -99,18 +101,31 @@ def argv_from_here(job):
 
 @contextlib.contextmanager
 def accounted(folder, device):
-    """Note in made.json of `folder` how many seconds the block took, over all calls, and what computed it."""
+    """Note in made.json of `folder` how many seconds the block took, over all calls, and what computed it.
+
+    Of a call that is refused, because another process is at work in the folder, say, nothing is noted.
+    """
     path, started = folder / "made.json", time.perf_counter()
-    before = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+    origin = {"device": runtime.describe(device), "commit": str(commit()), "torch": torch.__version__}
     try:
         yield
-    finally:
-        if folder.is_dir():
-            seconds = round(before + time.perf_counter() - started, 1)
-            origin = {"device": runtime.describe(device), "commit": commit(), "torch": torch.__version__}
-            tracking.write_json(path, {"seconds": seconds, **origin})
+    except RunError:
+        raise
+    except BaseException:
+        _note(path, time.perf_counter() - started, origin)
+        raise
+    _note(path, time.perf_counter() - started, origin)
 
 
+def _note(path, seconds, origin):
+    """Add up seconds, and whatever else differs between the calls in one folder."""
+    if path.parent.is_dir():
+        before = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0}
+        all_origins = {name: list(dict.fromkeys([*before.get(name, []), value])) for name, value in origin.items()}
+        tracking.write_json(path, {"seconds": round(before["seconds"] + seconds, 1), **all_origins})
+
+
+@functools.cache  # of the code that runs, not of what may be checked out meanwhile
 def commit():
     """The commit of this code, with "-dirty" where its files differ from it, or None."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -7,54 +7,32 @@ The rows: beta-VAE and PatchVAE, plain and with the edge-weighted loss, in the p
 random initialisation; a supervised ResNet-18. Encoders are frozen up to each of the paper's cuts and judged by
 classifier.py's head, a linear and a nearest-neighbour probe. table.md, plot.png and results.json in the output folder
 are renewed whenever a model has been judged. The same command goes on where it was stopped and repeats nothing that is
-finished. Processes may share the work, with other --seeds each: the command with all of them then only reports.
+finished. Processes may share the work, with other --seeds or --rows each: every report has all that the folder has.
 """
 
+import contextlib
 import fcntl
-import functools
 import json
 import math
+import re
 import shlex
 import sys
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import classifier  # noqa: E402
 import modules  # noqa: E402
 import run  # noqa: E402
-from utils import checkpoints, console, grids, jobs, options, runtime, standings, tracking  # noqa: E402
+from utils import checkpoints, console, features, grids, jobs, options, runtime, standings, tracking  # noqa: E402
+from utils.rows import ALL, RECIPE, ablation_rows, all_frozen, contrasts, cuts_of, floor_of, table_rows  # noqa: E402
+from utils.rows import typed_again, unsupervised  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------- what is compared
-
-# The options of run.py that have served recognition best, chosen on held-out training images of CIFAR-10.
-RECIPE = "--encoder-arch pyramid --lr 1e-3 --batch-size 64 --beta-a 0.1 --beta-v 0.1 --hide 0.5 --grey 0.5".split()
-SETTINGS = {"paper": ("paper's setting", []), "recipe": ("recipe", RECIPE)}
-MODELS = {
-    "vae": ("β-VAE", ["--arch", "vae"]),
-    "vae-edges": ("β-VAE + edges", ["--arch", "vae", "--recon-mask", "edge"]),
-    "patchy": ("PatchVAE", ["--arch", "patchy"]),
-    "patchy-edges": ("PatchVAE + edges", ["--arch", "patchy", "--recon-mask", "edge"]),
-}
-CONTRASTS = (("patchy", "vae"), ("patchy-edges", "vae-edges"), ("patchy-edges", "patchy"), ("vae-edges", "vae"))
-FACTORS = {  # of --ablations: their values take turns, all else stays as in the recipe
-    "num_parts": ("number of parts", (4, 8, 16, 32, 64)),
-    "hidden_size": ("appearance size", (3, 6, 16)),
-    "py": ("prior of a part", (0.01, 1 / 16, 0.25)),
-    "beta_v": ("beta-v", (0.01, 0.1, 1, 10)),
-    "beta_a": ("beta-a", (0.1, 1)),
-    "hide": ("what is hidden", (0, 0.25, 0.5, 0.75)),
-    "grey": ("what is grey", (0, 0.5)),
-    "lr": ("learning rate", (1e-4, 1e-3)),
-    "encoder_arch": ("encoder", ("pyramid", "resnet")),
-}
 HEAD = ["--standardise", "--lr", "0.03"]  # classifier.py's own 0.1 is for whole networks
 SUPERVISED = ["--arch", "resnet18", "--lr", "0.1"]
-ALL, NONE = "all", "none"  # cuts: the whole encoder is frozen, or nothing of a supervised network
+NONE = "none"  # the cut of a supervised network
 NAMES = {False: ("table.md", "plot.png", "results.json"), True: ("ablations.md", "ablations.png", "ablations.json")}
+DATA = ("dataset", "data_folder", "size", "inet", "workers", "cache", "cache_folder", "skip_broken")
 # What --quick puts in place of options that are not given.
 QUICK = {
     "dataset": "shapes", "size": 32, "encoder_arch": "pyramid", "ngf": 8, "scale": 8, "num_parts": 8, "seeds": [1, 2],
@@ -62,103 +40,11 @@ QUICK = {
     "supervised_epochs": 1, "head_batch_size": 64, "label_fraction": 0.01, "head_label_fraction": 0.01, "workers": 0,
 }  # fmt: skip
 
-
-class Row(NamedTuple):
-    """One line of the table. Supervised networks have no options of run.py, random ones those of a row of theirs."""
-
-    name: str  # of its folders, and for --rows
-    group: str
-    words: str
-    typed: list  # options of run.py
-    kind: str = "trained"  # or "random", or "supervised"
-
-    @property
-    def settled(self):
-        """What run.py makes of the options."""
-        return _settled(tuple(self.typed))
-
-    @property
-    def encoder(self):
-        """The options that say which encoder it is: a tuple of str."""
-        names = ("encoder_arch", "scale")
-        names += ("ngf",) if self.settled.encoder_arch in ("pyramid", "patches") else ()
-        return tuple(typed_again(self.settled, names))
-
-
-@functools.cache
-def _settled(typed):
-    return run.parse(typed)[0]
-
-
-def table_rows(args):
-    """The rows of the table: a list."""
-    rows = [
-        Row(f"{setting}-{model}", group, words, [*model_options(args, model), *common, *typed])
-        for setting, (group, common) in SETTINGS.items()
-        for model, (words, typed) in MODELS.items()
-    ]
-    return [*rows, *floors(rows), Row("supervised", "with labels", "ResNet-18, nothing frozen", [], "supervised")]
-
-
-def ablation_rows(args):
-    """The rows of --ablations: the recipe's PatchVAE, and every other value of each factor: a list."""
-    common = [*model_options(args, "patchy"), *RECIPE]
-    base = run.parse(common)[0]
-    common += ["--py", str(base.py)]  # its default would change with the number of parts
-    rows = [Row("ablation-base", "recipe", "PatchVAE", common)]
-    for name, (group, values) in FACTORS.items():
-        flag, own = f"--{name.replace('_', '-')}", getattr(base, name)
-        for text in (in_short(value) for value in values if value != own):
-            words = f"{group} (recipe: {in_short(own)})"
-            rows.append(Row(f"ablation{flag[1:]}-{text}", words, text, [*common, flag, text]))
-    return [*rows, *floors(rows)]
-
-
-def in_short(value):
-    return value if isinstance(value, str) else f"{value:g}"
-
-
-def floors(rows):
-    """A row of random initialisation for every encoder that `rows` have: a list."""
-    encoders = list(dict.fromkeys(row.encoder for row in rows))
-    known = [dict(zip(encoder[::2], encoder[1::2])) for encoder in encoders]  # option -> its value
-    differ = [flag for flag in known[-1] if len({found.get(flag, known[-1][flag]) for found in known}) > 1]
-    floors = []
-    for encoder, found in zip(encoders, known):
-        own = [f"{flag.lstrip('-')} {found[flag]}".removeprefix("encoder-arch ") for flag in differ if flag in found]
-        name = "-".join(["random", *found.values()])  # the same whatever else is in the table
-        floors.append(Row(name, "without training", ", ".join(["random", *own]), list(encoder), "random"))
-    return floors
-
-
-def floor_of(row, rows):
-    """The name of that one of `rows` which is `row` with random weights, or None."""
-    if row.kind != "trained":
-        return None
-    return next((other.name for other in rows if other.kind == "random" and other.encoder == row.encoder), None)
-
-
-def unsupervised(rows):
-    """Those of `rows` that have an encoder to be frozen: a list."""
-    return [row for row in rows if row.kind != "supervised"]
-
-
-def contrasts(rows, ablations):
-    """What is compared seed by seed: a list of (words, name of a row, name of the row that is subtracted)."""
-    names = {row.name for row in rows}
-    pairs = [(f"{MODELS[one][0]} − {MODELS[two][0]}, {words}", f"{setting}-{one}", f"{setting}-{two}")
-             for setting, (words, _) in SETTINGS.items() for one, two in CONTRASTS]  # fmt: skip
-    if ablations:
-        trained = [row for row in rows if row.kind == "trained" and row.name != "ablation-base"]
-        pairs = [(f"{row.group}: {row.words} − recipe", row.name, "ablation-base") for row in trained]
-    return [pair for pair in pairs if names.issuperset(pair[1:])]
-
-
 # ---------------------------------------------------------------------------------------------------- command line
 
 
 def parse(argv):
-    """The checked options, and the rows that are wanted: a list. Raises UsageError."""
+    """The checked options, and all rows of the table that they ask for: a list. Raises UsageError."""
     parser = build_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
     quick = {name: value for name, value in QUICK.items() if args.quick and name not in given}
@@ -167,12 +53,13 @@ def parse(argv):
     if args.num_epochs is None:
         args.num_epochs = 3 if args.ablations else 10
     rows = ablation_rows(args) if args.ablations else table_rows(args)
-    unknown = set(args.rows or ()) - {row.name for row in rows}
+    names = [row.name for row in rows]
+    args.rows = args.rows or names
+    unknown = set(args.rows) - set(names)
     if unknown:
-        names = ", ".join(row.name for row in rows)
-        raise console.UsageError(f"--rows {min(unknown)}: there is no such row; choose from {names}")
+        raise console.UsageError(f"--rows {min(unknown)}: there is no such row; choose from {', '.join(names)}")
     args.seeds = list(dict.fromkeys(args.seeds))
-    return args, [row for row in rows if not args.rows or row.name in args.rows]
+    return args, rows
 
 
 def build_parser():
@@ -187,10 +74,11 @@ def build_parser():
                       help="one training each; three or more tell how far chance reaches (default: 1 2 3)")
     what.add_argument("--ablations", action="store_true",
                       help="another table instead, ablations.md: the recipe's PatchVAE with other numbers of parts, "
-                      "appearance sizes, priors, betas, damage, another learning rate or encoder, one at a time")  # fmt: skip
+                      "appearance sizes, priors, betas, damage, another learning rate or encoder, one at a time; "
+                      "judged as with --frozen-only")  # fmt: skip
     what.add_argument("--frozen-only", action="store_true",
                       help="judge only encoders that are frozen as a whole; the other cuts train the layers behind "
-                      "them, which takes longer than all else but the training itself; so does --ablations")
+                      "them, which takes longer than all else but the training itself")
     what.add_argument("--quick", action="store_true",
                       help="all of it on drawn shapes with a tiny model, in minutes: to try the command, not to judge")
     what.add_argument("--no-inet", dest="inet", action="store_false",
@@ -223,29 +111,13 @@ def add_budget(group):
     options.add_speed_options(group)
 
 
-def typed_again(args, names):
-    """The options `names` of `args` as they are typed: a list of str; what is None or False is left out."""
-    typed = []
-    for name in names:
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        typed += [] if value is None or value is False else [flag] if value is True else [flag, str(value)]
-    return typed
-
-
-def model_options(args, model):
-    """The given options of the model, without those that a beta-VAE has not."""
-    own = set(options.DESCRIBED) - {"size", "inet"} - set(() if model.startswith("patchy") else options.PARTS_ONLY)
-    return typed_again(args, [name for name in options.DESCRIBED if name in own & args.given])
-
-
 # ---------------------------------------------------------------------------------------------------- what is done
 
 
 def jobs_of(args, row, seed):
     """All that has to be done for one row and seed, in this order: a list of Job."""
-    home = Path(args.output_folder, "runs", f"{row.name}-seed{seed}")
-    data = ["dataset", "data_folder", "size", "inet", "workers", "cache", "cache_folder", "skip_broken"]
-    common = [*typed_again(args, [*data, "precision", "compile", "no_cuda"]), "--seed", str(seed)]
+    home = runs(args) / f"{row.name}-seed{seed}"
+    common = [*data_options(args), "--seed", str(seed)]
 
     def job(part, script, *typed):
         folder = home if part == "training" else home / part
@@ -253,8 +125,8 @@ def jobs_of(args, row, seed):
 
     if row.kind == "supervised":
         return [job(f"{NONE}-head", classifier, *SUPERVISED, *head_budget(args, args.supervised_epochs))]
-    budget = typed_again(args, ["num_epochs", "img_per_epoch", "batch_size"])
-    todo = [job("training", run, *budget, *row.typed)] if row.kind == "trained" else []
+    length = ["num_epochs", "img_per_epoch"] + ["batch_size"] * ("--batch-size" not in row.typed)
+    todo = [job("training", run, *typed_again(args, length), *row.typed)] if row.kind == "trained" else []
     for cut in cuts_of(args, row):
         where = [*encoder_of(row, home), "--freeze", "-1" if cut == ALL else cut]
         epochs = args.head_epochs if cut == ALL else args.tune_epochs
@@ -262,6 +134,14 @@ def jobs_of(args, row, seed):
         todo.append(job(f"{cut}-head", classifier, *where, *HEAD, *head_budget(args, epochs)))
         todo.append(job(f"{cut}-probes", classifier, *where, *probes))
     return todo
+
+
+def runs(args):
+    return Path(args.output_folder, "runs")
+
+
+def data_options(args):
+    return typed_again(args, [*DATA, "precision", "compile", "no_cuda"])
 
 
 def encoder_of(row, home):
@@ -277,37 +157,33 @@ def head_budget(args, epochs):
     return [*map(str, budget), "--label-fraction", f"{args.head_label_fraction:g}"]
 
 
-def cuts_of(args, row):
-    """Where the encoder of `row` is frozen: ALL, which is cheap to judge, and the paper's cuts within it: a list."""
-    ends, children = ends_of(*row.encoder)
-    inner = [] if args.frozen_only or args.ablations else [name for name, end in ends.items() if end < children]
-    return [ALL, *reversed(inner)]
+def begun_before(args, rows):
+    """What the output folder has of `rows`, by whatever command: a list of (row, seed)."""
+    found = [(row, re.fullmatch(rf"{re.escape(row.name)}-seed(\d+)", path.name))
+             for path in sorted(runs(args).glob("*-seed*")) for row in rows]  # fmt: skip
+    return [(row, int(match[1])) for row, match in found if match]
 
 
-def last_cut(rows):
-    """The paper's name for the end of the encoders of `rows` in brackets, or "" where they differ or have none."""
-    found = [ends_of(*row.encoder) for row in unsupervised(rows)]
-    names = {next((f" ({name})" for name, end in ends.items() if end == children), "") for ends, children in found}
-    return names.pop() if len(names) == 1 else ""
-
-
-@functools.cache
-def ends_of(*encoder):
-    """How many children of the encoder each of the paper's cuts freezes: a dict, and how many there are."""
-    found = _settled(encoder)
-    with torch.device("meta"):  # its structure, no weights
-        network, _ = modules.build_encoder(found.encoder_arch, 3, found.scale, found.ngf)
-    return modules.children_until(found.encoder_arch), len(list(network.children()))
+def check_labels(args):
+    """Raises now what reading the labels would raise after the first training."""
+    for fraction in {args.head_label_fraction, args.label_fraction}:
+        typed = [*data_options(args), "--arch", "resnet18", "--label-fraction", f"{fraction:g}"]
+        classifier.labelled_sources(classifier.parse(typed)[0])
 
 
 def main(argv=None):
     """Do and report what `argv` says; returns the content of results.json: a dict."""
     args, rows = parse(argv)
-    work = {(row.name, seed): jobs_of(args, row, seed) for seed in args.seeds for row in rows}
-    for job in (job for todo in work.values() for job in todo):
-        jobs.check(job)
     device, done, failed = runtime.choose_device(args.no_cuda), 0, []
-    for todo in work.values():  # seed by seed: every row is soon there
+    args.precision = runtime.choose_precision(args.precision, device)  # typed into all calls: one folder has one
+    wanted = [(row, seed) for seed in args.seeds for row in rows if row.name in args.rows]  # every row is soon there
+    known = {(row.name, seed): jobs_of(args, row, seed) for row, seed in [*wanted, *begun_before(args, rows)]}
+    for job in (job for todo in known.values() for job in todo):
+        jobs.check(job)
+    work = [known[row.name, seed] for row, seed in wanted]
+    if any(jobs.figures_of(job) is None for todo in work for job in todo):
+        check_labels(args)
+    for todo in work:
         try:
             made = [jobs.fulfil(job, device) for job in todo]
         except (KeyboardInterrupt, console.Terminated) as signal:
@@ -320,8 +196,8 @@ def main(argv=None):
             continue
         done += sum(made)
         if any(made):
-            report(args, rows, work)
-    content = report(args, rows, work)
+            report(args, rows, known)
+    content = report(args, rows, known)
     print(f"\n{standings.markdown(content)}\n{done} calls made; what had been finished was not repeated")
     for name, what in zip(NAMES[args.ablations], ("this table", "its plot", "every figure and its command")):
         print(f"{what}: {tracking.relative(Path(args.output_folder, name))}")
@@ -333,25 +209,28 @@ def main(argv=None):
 # ---------------------------------------------------------------------------------------------------- what is reported
 
 
-def report(args, rows, work):
+def report(args, rows, known):
     """Write what is known by now into the output folder. Returns the content of the JSON file: a dict."""
-    calls = {f"{name}-seed{seed}": account(todo) for (name, seed), todo in work.items()}
+    calls = {key: account(known[key]) for key in sorted(known, key=lambda key: key[1])}  # by seed
+    rows = [row for row in rows if row.name in args.rows or any(calls[key] for key in calls if key[0] == row.name)]
     scores = {row.name: {} for row in rows}
-    for name, seed in work:
-        for column, value in scores_of(calls[f"{name}-seed{seed}"]).items():
+    for (name, seed), found in calls.items():
+        for column, value in scores_of(found).items():
             scores[name].setdefault(column, {})[seed] = value
     floor = {row.name: floor_of(row, rows) for row in rows}
     statistics = standings.summarise(rows, scores, contrasts(rows, args.ablations), floor)
     content = {
         "title": f"Recognition on {images_of(args)} with frozen encoders{', one change at a time' * args.ablations}",
-        "frozen": f"all frozen{last_cut(rows)}", "seeds": args.seeds, "columns": columns_of(args, rows), **statistics,
-        "notes": protocol(args, rows, calls), **runtime.record(), "calls": calls,
+        "frozen": all_frozen(rows), "seeds": sorted({*args.seeds, *(seed for _, seed in calls)}),
+        "columns": columns_of(args, rows), **statistics, "notes": protocol(args, rows, calls), **runtime.record(),
+        "calls": {f"{name}-seed{seed}": found for (name, seed), found in calls.items() if found},
     }  # fmt: skip
     folder = Path(args.output_folder)
     folder.mkdir(parents=True, exist_ok=True)
     table, plot, figures = (folder / name for name in NAMES[args.ablations])
     with open(folder / ".report.lock", "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)  # other processes report into this folder, too
+        with contextlib.suppress(OSError):  # not every network's file system can lock
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # other processes report into this folder, too
         tracking.write_json(figures, content)
         grids.save(standings.plot(content), str(plot))
         checkpoints.write(table, lambda file: file.write(standings.markdown(content).encode()))
@@ -390,36 +269,36 @@ def scores_of(calls):
 def columns_of(args, rows):
     """The columns of the table and their headings: a dict."""
     found = {cut for row in unsupervised(rows) for cut in cuts_of(args, row)}
-    words = {cut: f"frozen: {cut}" for cut in modules.CUTS} | {ALL: f"all frozen{last_cut(rows)}"}
+    words = {cut: f"frozen: {cut}" for cut in modules.CUTS} | {ALL: all_frozen(rows)}
     cuts = [cut for cut in words if cut in found]
     columns = {f"{cut}-{judge}": f"{words[cut]}, {title}" for cut in cuts for judge, title in standings.JUDGES.items()}
     return columns | ({f"{NONE}-head": "nothing frozen"} if len(unsupervised(rows)) < len(rows) else {})
 
 
 def protocol(args, rows, calls):
-    """How the figures came about, in words: a list of str."""
-    made = [call for found in calls.values() for call in found.values()]
-    origin = {name: ", ".join(sorted({str(call.get(name)) for call in made})) for name in ("commit", "torch", "device")}
-    hours = sum(call.get("seconds", 0) for call in made) / 3600
-    few = f", {100 * args.head_label_fraction:.3g} % of the labels" if args.head_label_fraction < 1 else ""
-    is_cut = any(len(cuts_of(args, row)) > 1 for row in unsupervised(rows))
-    behind = f", {args.tune_epochs} where the layers behind the cut are trained with it" if is_cut else ""
+    """How the figures came about: a list of str, the last ones commands that stand for all of their kind."""
+    group = {row.name: row.group for row in rows}
+    commands, origins = {}, {"commit": set(), "torch": set(), "device": set()}
+    for (name, _), found in calls.items():
+        for part, call in found.items():
+            commands.setdefault(f"training, {group[name]}" if part == "training" else part, call["command"])
+            for key, values in origins.items():
+                values.update(call.get(key, ()))
+    hours = sum(call.get("seconds", 0) for found in calls.values() for call in found.values()) / 3600
+    made = {key: ", ".join(sorted(values)) or "?" for key, values in origins.items()}
     notes = [
-        f"Top-1 in % on the test images of {images_of(args)}; seeds {', '.join(map(str, args.seeds))}. ±: standard "
-        "deviation over seeds (n − 1); differences are taken seed by seed.",
-        f"Trained without labels: {args.num_epochs} x {args.img_per_epoch:,} images, batch {args.batch_size}, "
-        f"{'; '.join(sorted({' '.join(row.encoder) for row in unsupervised(rows)}))}; recipe: "
-        f"{shlex.join(RECIPE)}. The model is that of the epoch with the lowest loss on test images.",
-        f"Head: dropout, linear to 512, ReLU, linear; {shlex.join(HEAD)}; {args.head_epochs} epochs where all is frozen"
-        f"{behind}{few}; after the last epoch.",
-        f"Linear, kNN: on the frozen features, standardised, with {100 * args.label_fraction:.3g} % of the labels.",
-        f"Made in {hours:.2f} hours of {origin['device']}, torch {origin['torch']}, commit {origin['commit']}, by: "
-        f"{runtime.record()['command']}",
+        f"Top-1 in % on the test images of {images_of(args)}; ±: standard deviation over seeds (n − 1); differences "
+        "are taken seed by seed.",
+        "Paper's setting: run.py's defaults but for what the commands below say, of which length matters most. Recipe: "
+        f"{shlex.join(RECIPE)}, chosen for PatchVAE on held-out training images of CIFAR-10. The encoder is that of "
+        "the epoch with the lowest loss on test images.",
+        "Head: after its last epoch. Linear, kNN: on standardised features, of maps of more than "
+        f"{features.LARGEST:,} numbers on averages over coarser cells. Random: BatchNorm keeps its first statistics.",
+        f"Made in {hours:.2f} hours of {made['device']}; torch {made['torch']}; commit {made['commit']}.",
     ]
-    if len(unsupervised(rows)) < len(rows):
-        with_labels = f"{args.supervised_epochs} epochs{few}, {shlex.join(SUPERVISED[2:])}; after the last epoch."
-        notes.insert(-1, f"ResNet-18: {with_labels}")
-    return notes
+    notes = ["A quick try of the command: these scores tell nothing of the models.", *notes] if args.quick else notes
+    kinds = sorted(commands, key=lambda what: not what.startswith("training"))
+    return notes + [f"For instance ({what}): `{commands[what]}`" for what in kinds]
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def summarise(rows, scores, contrasts, floor):
         line = {"name": row.name, "group": row.group, "words": row.words, "scores": own}
         if floor.get(row.name):
             random = scores[floor[row.name]]
+            line["floor"] = floor[row.name]
             line["above_random"] = paired(scores[row.name].get("all-head", {}), random.get("all-head", {}))
         found.append(line)
     differences = [
@@ -131,7 +132,7 @@ def plot(content):
         sheet.text(12, y, words, 11.5, FADED, anchor=0)
     for row, y in lines:
         sheet.text(24, y, row["words"].replace("β", "beta"), 12.5, INK, anchor=0)  # Pillow's font has no β
-    below = ["dot: one seed     bar: mean     line: ± standard deviation over seeds     dashed: mean of random weights"]
+    below = ["dot: one seed    bar: mean    line: ± standard deviation    dashed: the same encoder with random weights"]
     for row in content["rows"]:
         if row not in shown:
             found = in_words(row["scores"]["none-head"], len(content["seeds"]))
@@ -161,9 +162,11 @@ def _panel(sheet, column, lines, left, bottom):
     for tick in axis.ticks():
         sheet.line([(axis(tick), TOP), (axis(tick), bottom)], GRID, 1)
         sheet.text(axis(tick), bottom + 12, f"{tick:g}", 11.5, FADED)
-    for row, _, score in found:
-        if row["name"].startswith("random"):
-            sheet.line([(axis(score["mean"]), TOP), (axis(score["mean"]), bottom)], FADED, 1.2, dashed=True)
+    mean = {row["name"]: score["mean"] for row, _, score in found}
+    for row, y, _ in found:
+        if row.get("floor", row["name"]) in mean:
+            x = axis(mean[row.get("floor", row["name"])])
+            sheet.line([(x, y - LINE / 2), (x, y + LINE / 2)], FADED, 1.2, dashed=True)
     for row, y, score in found:
         _score(sheet, axis, y, score, colour_of(row))
         sheet.text(left + PANEL + 8, y, f"{score['mean']:.1f}", 12, colour_of(row), anchor=0)
@@ -181,7 +184,7 @@ def _score(sheet, axis, y, score, colour):
 
 
 def colour_of(row):
-    """The colour of a row, by how its words begin; of other rows that are trained PatchVAE's, grey of random ones."""
+    """Grey of random weights, else the colour of the model that the row's words begin with, or PatchVAE's."""
     if row["name"].startswith("random"):
         return FADED
     return next((colour for words, colour in COLOURS.items() if row["words"].startswith(words)), COLOURS["PatchVAE"])

@@ -73,6 +73,13 @@ def _claim(folder):
     _claims[folder] = lock
 
 
+def release(folder):
+    """Let others use `folder`, as the end of the process would."""
+    lock = _claims.pop(folder.resolve(), None)
+    if lock:
+        lock.close()
+
+
 def _launcher():
     """The process that started this one, as no other is called: torchrun's stays when it starts a failed job again."""
     born = Path(f"/proc/{os.getppid()}/stat")  # numbers come again, in containers above all; the time does not
