@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from scipy import ndimage
 
 import classifier
@@ -376,6 +377,19 @@ def test_the_table_says_what_the_figures_are(made_up):
     assert "| paper | PatchVAE | 55.50 ± 6.36 (n = 2) | – | 40.00 (n = 1) | – | +10.00 ± 5.66 (n = 2) |" in lines
     assert "| labels | ResNet-18 | – | – | – | 80.00 (n = 1) | – |" in lines
     assert "| PatchVAE − β-VAE | +2.00 ± 1.41 (n = 2) | – | – |" in lines and lines[-1] == "- a note"
+
+
+def test_readme_shows_the_figures_on_record():
+    content = json.loads((ROOT / "imgs" / "reproduction.json").read_text())
+    lines = [line for line in standings.markdown(content).splitlines() if line.startswith("|")]
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 10 and set(lines) <= set(shown)
+    seeds = content["rows"][0]["scores"]["all-head"]["seeds"]
+    assert content["rows"][0]["scores"]["all-head"]["mean"] == pytest.approx(np.mean(list(seeds.values())))
+    for name, seed in ((row["name"], seed) for row in content["rows"] for seed in seeds):
+        call = content["calls"][f"{name}-seed{seed}"]["all-head"]
+        (row,) = (row for row in content["rows"] if row["name"] == name)
+        assert call["last"]["top1"] == row["scores"]["all-head"]["seeds"][seed]
 
 
 def places(picture, colour):
