@@ -415,6 +415,20 @@ def test_dots_are_where_the_figures_say(made_up):
         assert [place for _, place in found] == pytest.approx([y] * len(values), abs=1)
 
 
+def test_floors_are_dashed_and_where_there_are_none_nothing_is(made_up):
+    def middles():
+        _, _, bottom = standings.layout(made_up["rows"][:-1])
+        found = [(x, y) for x, y in places(standings.plot(made_up), standings.FADED) if standings.TOP < y < bottom]
+        return [x for x, _ in found]
+
+    assert len(middles()) > 3
+    made_up["rows"] = [{**row, "floor": "random"} for row in made_up["rows"] if row["name"] != "random"]
+    assert not middles()
+    for row in made_up["rows"]:
+        del row["floor"]  # as where no random row was asked for
+    assert not middles()
+
+
 def test_an_axis_is_linear_and_its_ticks_are_round():
     axis = standings.Axis([40.2, 41.7], 100, 300)
     assert axis.low < 40.2 and axis.high > 41.7 and axis(axis.low) == 100 and axis(axis.high) == 300

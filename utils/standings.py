@@ -162,10 +162,11 @@ def _panel(sheet, column, lines, left, bottom):
     for tick in axis.ticks():
         sheet.line([(axis(tick), TOP), (axis(tick), bottom)], GRID, 1)
         sheet.text(axis(tick), bottom + 12, f"{tick:g}", 11.5, FADED)
-    mean = {row["name"]: score["mean"] for row, _, score in found}
+    floors = {row["name"]: score["mean"] for row, _, score in found if row["name"].startswith("random")}
     for row, y, _ in found:
-        if row.get("floor", row["name"]) in mean:
-            x = axis(mean[row.get("floor", row["name"])])
+        floor = row.get("floor", row["name"])
+        if floor in floors:
+            x = axis(floors[floor])
             sheet.line([(x, y - LINE / 2), (x, y + LINE / 2)], FADED, 1.2, dashed=True)
     for row, y, score in found:
         _score(sheet, axis, y, score, colour_of(row))
