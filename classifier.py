@@ -385,7 +385,7 @@ def build_optimizer(args, model):
 
 def skip_frozen_encoder(args, model, train, test):
     """The network to train and its batches: the whole model, or, where all else is frozen, the head on features."""
-    if model.frozen < len(list(model.encoder.children())):
+    if not model.only_head_trains:
         return model, train, test
     views = 2 if train.flip else 1
     fits, needed = features.fits_in_memory(views * len(train) + len(test), model.feature_size)

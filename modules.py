@@ -486,11 +486,16 @@ class Classifier(nn.Module):
     def freeze(self, children):
         """Freeze the first `children` children of the encoder: no gradient, no new running statistics."""
         self.frozen = children
-        if children == len(self.encoder) and isinstance(self.head[0], nn.BatchNorm1d):
+        if self.only_head_trains and isinstance(self.head[0], nn.BatchNorm1d):
             self.head[0].momentum = None  # its input no longer changes: the mean over all batches, however few
         for child in self.frozen_children():
             child.requires_grad_(False)
         self.train(self.training)
+
+    @property
+    def only_head_trains(self):
+        """Whether the whole encoder is frozen."""
+        return self.frozen == len(self.encoder)
 
     def freeze_normalisation(self, fresh=()):
         """Keep scale and shift of the encoder's BatchNorm layers, but for those in its children `fresh`."""

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -109,20 +110,12 @@ def accounted(folder, device):
     origin = {"device": runtime.describe(device), "commit": str(commit()), "torch": torch.__version__}
     try:
         yield
-    except RunError:
-        raise
-    except BaseException:
-        _note(path, time.perf_counter() - started, origin)
-        raise
-    _note(path, time.perf_counter() - started, origin)
-
-
-def _note(path, seconds, origin):
-    """Add up seconds, and whatever else differs between the calls in one folder."""
-    if path.parent.is_dir():
-        before = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0}
-        all_origins = {name: list(dict.fromkeys([*before.get(name, []), value])) for name, value in origin.items()}
-        tracking.write_json(path, {"seconds": round(before["seconds"] + seconds, 1), **all_origins})
+    finally:
+        if folder.is_dir() and not isinstance(sys.exception(), RunError):
+            before = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0}
+            seconds = round(before["seconds"] + time.perf_counter() - started, 1)
+            origins = {name: list(dict.fromkeys([*before.get(name, []), value])) for name, value in origin.items()}
+            tracking.write_json(path, {"seconds": seconds, **origins})
 
 
 @functools.cache  # of the code that runs, not of what may be checked out meanwhile

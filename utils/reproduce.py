@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import json
 import math
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -159,16 +158,17 @@ def head_budget(args, epochs):
 
 def begun_before(args, rows):
     """What the output folder has of `rows`, by whatever command: a list of (row, seed)."""
-    found = [(row, re.fullmatch(rf"{re.escape(row.name)}-seed(\d+)", path.name))
-             for path in sorted(runs(args).glob("*-seed*")) for row in rows]  # fmt: skip
-    return [(row, int(match[1])) for row, match in found if match]
+    by_name = {row.name: row for row in rows}
+    parted = [path.name.rpartition("-seed") for path in sorted(runs(args).glob("*-seed*"))]
+    return [(by_name[name], int(seed)) for name, _, seed in parted if name in by_name and seed.isdecimal()]
 
 
 def check_labels(args):
     """Raises now what reading the labels would raise after the first training."""
-    for fraction in {args.head_label_fraction, args.label_fraction}:
-        typed = [*data_options(args), "--arch", "resnet18", "--label-fraction", f"{fraction:g}"]
-        classifier.labelled_sources(classifier.parse(typed)[0])
+    judging = classifier.parse([*data_options(args), "--arch", "resnet18"])[0]
+    train, _ = classifier.labelled_sources(judging)
+    for fraction in (args.head_label_fraction, args.label_fraction):
+        classifier.few_labels(train.labels, fraction, judging.seed)
 
 
 def main(argv=None):

@@ -79,7 +79,7 @@ def table_rows(args):
 def ablation_rows(args):
     """The rows of --ablations: the recipe's PatchVAE, and every other value of each factor: a list."""
     common = [*RECIPE, *model_options(args, "patchy")]
-    base = run.parse([*common, "--size", "64"])[0]
+    base = _settled(tuple(common))
     common += ["--py", str(base.py)]  # its default would change with the number of parts
     rows = [Row("ablation-base", "recipe", "PatchVAE", common)]
     for name, (group, values) in FACTORS.items():
