@@ -20,7 +20,7 @@ from utils import checkpoints, console, features, loop, options, ranks, recognit
 
 SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the encoders that run.py trains
 # Options that a resumed run may change: they do not touch its figures.
-FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "save_minutes", "no_cuda", "gpu")
+FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "save_minutes", "no_cuda")
 CHECKPOINTS = "checkpoints_classifier"  # the folder of the last three states; checkpoint.pt is the newest of them
 CONTENTS = ("classifier_args.json", "checkpoint.pt", CHECKPOINTS, "best.pt", "classifier.jsonl", "logs_classifier")
 CONTENTS += ("results.json", "per_class.csv", "confusion.png")  # of the output folder

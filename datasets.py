@@ -258,11 +258,11 @@ def places205(root, split):
             continue
         if not path or not label.isdecimal():
             raise RunError(f"{table}: line {number} is not 'path label': {line[:60]!r}")
-        paths.append(path)
+        paths.append(path.lstrip("/"))  # below `images`, also where the list says "/a/abbey/…"
         labels.append(int(label))
     if not paths:
         raise RunError(f"{table}: the list is empty")
-    names = {label: os.path.dirname(path).lstrip("/") for path, label in zip(paths, labels)}
+    names = {label: os.path.dirname(path) for path, label in zip(paths, labels)}
     return Files(images, paths, labels, [names.get(label, str(label)) for label in range(max(labels) + 1)], name)
 
 

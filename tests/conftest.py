@@ -1,9 +1,13 @@
 """What the tests share: the import path, small folders of images, and calling the scripts as a user does."""
 
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: runs are bit for bit the same on a CPU only
 
 import numpy as np
 import pytest

@@ -87,7 +87,7 @@ def test_miniimagenet_holds_out_a_fifth_of_every_class(tmp_path):
 def test_places205_layout(tmp_path):
     lists = tmp_path / "trainvalsplit_places205"
     lists.mkdir()
-    (lists / "train_places205.csv").write_text("a/abbey/one.jpg 0\nb/big barn/two three.jpg 2\n")
+    (lists / "train_places205.csv").write_text("/a/abbey/one.jpg 0\nb/big barn/two three.jpg 2\n")
     (lists / "val_places205.csv").write_text("a/abbey/four.jpg 0\n")
     images = tmp_path / "data/vision/torralba/deeplearning/images256"
     for name in ("a/abbey/one.jpg", "b/big barn/two three.jpg", "a/abbey/four.jpg"):

@@ -431,7 +431,8 @@ def test_really_killed(data, where, far):
 
 
 @pytest.mark.parametrize("number, status, line",
-                         [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+                         [(signal.SIGTERM, 143, "terminated"), (signal.SIGUSR1, 143, "terminated"),
+                          (signal.SIGINT, 130, "interrupted")])
 def test_stopped_by_a_signal_in_the_middle(data, number, status, line):
     program = """
 import os, shutil, signal, sys

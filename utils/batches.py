@@ -21,7 +21,7 @@ import torch
 from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
-from utils import cache, checkpoints, ranks
+from utils import cache, checkpoints, console, ranks
 from utils.console import RunError
 
 CACHE_FOLDER = ".cache"  # below the data folder, unless --cache-folder says otherwise
@@ -279,9 +279,8 @@ def _let_die(workers):
 
 def _quiet_worker(worker):
     """Ctrl-C and its like reach the whole process group: the main process alone decides what they mean."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in console.STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -92,6 +92,7 @@ def flops_per_image(variant, batch):
 
 def peak_memory(name, setting, folder, device):
     """Bytes at the peak of the GPU, or of this process, made for that; its loader processes are not counted."""
+    runtime.choose_device(device.type == "cpu")
     variant = VARIANTS[name](setting, folder, device)
     for batch in variant.batches(2):
         variant.step(*batch)
@@ -151,9 +152,10 @@ def start_up(typed):
     return seconds
 
 
-def start_ups(setting, folder, batch_size, quick):
+def start_ups(setting, folder, device, quick):
     """Start-up seconds for drawn shapes and, unless it has to be quick, for a folder of images in a cache on disk."""
-    typed = [*setting.typed.split(), "--batch-size", str(batch_size)]
+    typed = [*setting.typed.split(), "--batch-size", str(setting.batch_on(device))]
+    typed += ["--no-cuda"] if device.type == "cpu" else []
     drawn = start_up(["--dataset", "shapes", *typed])
     if quick:
         return {"shapes": drawn}
@@ -201,8 +203,7 @@ def main(argv=None):
             report(setting, figures)
             found["settings"][name] = figures
             if not setting.is_classifier and "start_up" not in found:  # of the first that run.py trains
-                batch = setting.batch if device.type == "cuda" else setting.batch_on_cpu
-                found["start_up"] = start_ups(setting, folder, batch, args.quick)
+                found["start_up"] = start_ups(setting, folder, device, args.quick)
                 for what, seconds in found["start_up"].items():
                     print(f"  from the command to the first step, {what}: {seconds:.1f} s", flush=True)
                 if args.curves:
@@ -232,7 +233,8 @@ def parse(argv):
 
 
 def in_own_process(function, *arguments):
-    """function(*arguments), computed by a fresh process."""
+    """function(*arguments), computed by a fresh process, which has the whole GPU."""
+    torch.cuda.empty_cache()
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

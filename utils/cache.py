@@ -44,8 +44,9 @@ def room(device, folder):
 
 
 def free_on(device):
-    """Bytes of the GPU `device` that are free."""
-    return torch.cuda.mem_get_info(device)[0]
+    """Bytes of the GPU `device` that are free, or kept by torch without being used."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def choose(wanted, needed, room):

@@ -12,6 +12,7 @@ import signal
 import sys
 
 LOST = ("DistBackendError", "DistNetworkError", "DistStoreError", "gloo", "NCCL")  # a peer's end, as torch reports it
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Slurm's last
 
 
 class RunError(Exception):
@@ -27,7 +28,7 @@ class UsageError(RunError):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. Not an Exception, so that no handler for ordinary errors swallows it."""
+    """SIGTERM or SIGUSR1 arrived. Not an Exception, so that no handler for ordinary errors swallows it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,12 +84,12 @@ def _number(kind, low, high, strictly=False):
 
 
 def run(main):
-    """Call `main()` and leave the process: 0, or one line on stderr and 1, 2, 130 (Ctrl-C) or 143 (SIGTERM).
+    """Call `main()` and leave the process: 0, or one line on stderr and 1, 2, 130 (Ctrl-C) or 143 (SIGTERM, SIGUSR1).
 
     An error that is none of the user's doing, a bug of ours, keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+    for number in STOPPING:  # SIGINT too: a shell's background jobs start with it ignored
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _terminate)
     status, line = _outcome(main)  # by now the error's frames are gone, and with them data-loading processes
     if line:
         rank = os.environ.get("RANK", "0")

@@ -11,7 +11,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from utils import checkpoints, ranks, runtime, tracking
+from utils import checkpoints, console, ranks, runtime, tracking
 from utils.console import RunError, Terminated
 
 COPIES = 2.0  # seconds in which a second signal is a copy of the first: torchrun's, or a child's that was just forked
@@ -138,9 +138,7 @@ class Keeper:
                 yield batch
 
     def __enter__(self):
-        names = ("SIGINT", "SIGTERM", "SIGUSR1")  # not every system has the last
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        self.before = {number: signal.signal(number, self._note) for number in console.STOPPING}
         self.ears, mouth = socket.socketpair()
         mouth.setblocking(False)
         self.before_fd, self.mouth = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False), mouth

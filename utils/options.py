@@ -15,7 +15,7 @@ SCALES = {"resnet": (4, 8, 16, 32)} | dict.fromkeys(("pyramid", "patches"), (2, 
 # What a model file knows of itself; where the command line says otherwise, it contradicts the file.
 DESCRIBED = ("arch", "encoder_arch", "decoder_arch", "size", "inet", "ngf", "independent", "scale", "num_parts")
 DESCRIBED += ("hidden_size", "py", "categorical", "hard")
-NEVER_SAVED = ("output_folder", "overwrite", "resume", "evaluate")  # what a command does now, whatever it goes on with
+NEVER_SAVED = ("output_folder", "overwrite", "resume", "evaluate", "gpu")  # of this command, whatever it goes on with
 PARTS_ONLY = ("categorical", "hard", "independent", "py")
 
 
@@ -67,8 +67,9 @@ def add_model_options(parser):
     group = parser.add_argument_group("model")
     group.add_argument(
         "--encoder-arch", default="resnet", choices=ENCODERS,
-        help="resnet: ResNet-18 cut at --scale; resnet18, resnet50, alexnet: whole, scale 32; pyramid: plain stride-2 "
-        "convolutions; patches: the same, but a cell sees only its own pixels (default: %(default)s)",
+        help="resnet: ResNet-18 cut at --scale; resnet18, resnet50, alexnet: whole, scale 32 (alexnet: with zeros "
+        "around an image, so that all of it counts); pyramid: plain stride-2 convolutions; patches: the same, but a "
+        "cell sees only its own pixels (default: %(default)s)",
     )
     group.add_argument(
         "--decoder-arch", default="pyramid", choices=DECODERS,
@@ -112,7 +113,7 @@ def add_speed_options(group):
     )
     group.add_argument(
         "--compile", action="store_true",
-        help="let torch.compile make kernels for this machine first, which takes minutes; compare with "
+        help="let torch.compile make kernels for this machine first, half a minute or more; compare with "
         "utils/benchmark.py --compile whether it pays",
     )
 

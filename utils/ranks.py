@@ -6,6 +6,7 @@ Rank 0 writes and speaks for all. Everything here also works in a process that i
 import contextlib
 import datetime
 import functools
+import hashlib
 import os
 import re
 import signal
@@ -169,6 +170,13 @@ def check_same(value, what):
     low, high = (int(found) for found in largest(torch.tensor([-value, value])))
     if -low != high:
         raise RunError(f"the processes of this job differ in {what}: {-low} and {high}; do they see the same files?")
+
+
+def clash(name):
+    """Whether two processes have the same str `name`, on all of them. Every process has to call it."""
+    names = torch.zeros(count(), dtype=torch.int64)
+    names[rank()] = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+    return len(total(names).unique()) < count()
 
 
 def parallel(model):

@@ -18,22 +18,18 @@ PRECISIONS = ("auto", "fp32", "bf16")  # of --precision
 def choose_device(no_cuda=False, gpu=None):
     """A CUDA device if there is one and it is wanted, the CPU otherwise. `gpu`: its number, or None for the first.
 
-    Of several processes on this machine each takes the GPU of its own number.
+    Of several processes on this machine each takes the GPU of its own number, or the only one that it is shown.
     """
     if no_cuda or not torch.cuda.is_available():
         return torch.device("cpu")
     if gpu is not None and ranks.count() > 1:
         raise UsageError(f"--gpu {gpu}: of several processes each has its own GPU; leave it out")
-    is_slurms = os.environ.get("SLURM_LOCALID") == str(ranks.local_rank())  # and not torchrun's, in a job of Slurm's
-    if torch.cuda.device_count() == 1 and gpu is None and is_slurms:
-        gpu = 0  # Slurm shows every task its own GPU only
-    elif ranks.local_count() > torch.cuda.device_count():
-        raise UsageError(
-            f"{ranks.local_count()} processes on a machine with {torch.cuda.device_count()} GPUs: start one per GPU"
-        )
-    gpu = ranks.local_rank() if gpu is None else gpu
-    if gpu >= torch.cuda.device_count():
-        raise UsageError(f"--gpu {gpu}: this machine has the GPUs 0 to {torch.cuda.device_count() - 1}")
+    shown = torch.cuda.device_count()
+    if gpu is not None and gpu >= shown:
+        raise UsageError(f"--gpu {gpu}: this machine has the GPUs 0 to {shown - 1}")
+    gpu = ranks.local_rank() % shown if gpu is None else gpu  # Slurm may show every process one GPU only, its own
+    if ranks.clash(f"{platform.node()} {torch.cuda.get_device_properties(gpu).uuid}"):
+        raise UsageError("two processes of this job have the same GPU: start no more on a machine than it has GPUs")
     torch.cuda.set_device(gpu)  # where NCCL and new tensors go
     torch.backends.cudnn.allow_tf32 = False  # fp32 means float32; bf16 is the fast way
     return torch.device("cuda", gpu)

@@ -140,10 +140,10 @@ def describe(args, sources, test):
     fitted, scored = (len(source) for source in sources)
     cells = " x ".join(map(str, test.cells["figure"].shape[1:]))
     return {
-        "model": f"{args.pretrained}, {args.num_parts} parts (K) of size {args.hidden_size}, seed {args.seed}",
+        "model": f"{args.pretrained}, {args.num_parts} parts (K) of size {args.hidden_size}",
         "data": f"{args.dataset}, {args.size} px, {cells} cells of {args.scale} px; label of a cell: its commonest",
         "protocol": f"fitted on {fitted:,} training images, scored on {scored:,} test images "
-        f"(pixels: {len(test.pixels['figure'])}); the part of a cell: the strongest",
+        f"(pixels: {len(test.pixels['figure'])}), seed {args.seed}; the part of a cell: the strongest",
     }
 
 

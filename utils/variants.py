@@ -33,6 +33,10 @@ class Setting(NamedTuple):
         """The same with more `options`, a str."""
         return self._replace(typed=f"{self.typed} {options}")
 
+    def batch_on(self, device):
+        """Images of a batch on the torch.device `device`."""
+        return self.batch if device.type == "cuda" else self.batch_on_cpu
+
 
 SETTINGS = {
     "cifar": Setting("CIFAR command, 32 px", "--size 32 --inet", (32, 32), 1024, 128, 128),
@@ -51,7 +55,10 @@ QUICK = {False: Setting("a tiny model, 16 px", TINY, (24, 20), 16, 8, 8),
 
 
 class Plain:
-    """Training as a first implementation is written: Pillow in loader processes in every epoch, eager, float32."""
+    """Training as a first implementation is written: Pillow in loader processes in every epoch, eager, float32.
+
+    On a GPU, float32 is what torch makes of it by default: TF32 in convolutions, which our own float32 does without.
+    """
 
     def __init__(self, setting, folder, device):
         self.args, self.batch_size = options_of(setting, folder, device)
@@ -83,6 +90,10 @@ class Plain:
 
     def step(self, x, labels):
         """One optimiser step. Returns the mean loss."""
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            return self._step(x, labels)
+
+    def _step(self, x, labels):
         self.model.train()
         if self.is_classifier:
             loss = F.cross_entropy(self.model(x), labels)
@@ -140,8 +151,8 @@ def script_of(setting):
 
 def options_of(setting, folder, device):
     """The options that the script itself would have, and the batch size."""
-    batch = setting.batch if device.type == "cuda" else setting.batch_on_cpu
-    typed = ["--dataset", "folder", "--data-folder", str(folder), "--batch-size", str(batch), *setting.typed.split()]
+    typed = ["--dataset", "folder", "--data-folder", str(folder), "--batch-size", str(setting.batch_on(device))]
+    typed += setting.typed.split()
     args = script_of(setting).parse(typed)[0]
     args.fresh = []
     args.precision = runtime.choose_precision(args.precision, device)
