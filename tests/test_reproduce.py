@@ -104,9 +104,13 @@ def test_nothing_finished_is_repeated(finished, calls):
     assert calls == [] and again["calls"] == content["calls"] and again["rows"] == content["rows"]
 
 
-def test_a_report_has_all_that_the_folder_has(finished, tmp_path, calls):
-    """Also what other commands, or other processes, have made."""
-    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_report_has_all_that_the_folder_has(finished, tmp_path, calls, monkeypatch, when):
+    """Also what other commands have made, or other processes make."""
+    def check_labels(args):
+        shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+
+    check_labels(None) if when == "before" else monkeypatch.setattr(reproduce, "check_labels", check_labels)
     content = reproduce.main(command(tmp_path, "--rows", "random-pyramid-8-8", "--seeds", "4"))
     assert {call.split("/")[0] for call in calls} == {"random-pyramid-8-8-seed4"}
     scores = {row["name"]: row["scores"]["conv1-knn"]["seeds"] for row in content["rows"]}

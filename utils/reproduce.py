@@ -156,11 +156,12 @@ def head_budget(args, epochs):
     return [*map(str, budget), "--label-fraction", f"{args.head_label_fraction:g}"]
 
 
-def begun_before(args, rows):
-    """What the output folder has of `rows`, by whatever command: a list of (row, seed)."""
+def begun(args, rows):
+    """What the output folder has of `rows` by now, by whatever command: a dict (name, seed) -> its jobs."""
     by_name = {row.name: row for row in rows}
     parted = [path.name.rpartition("-seed") for path in sorted(runs(args).glob("*-seed*"))]
-    return [(by_name[name], int(seed)) for name, _, seed in parted if name in by_name and seed.isdecimal()]
+    found = [(name, int(seed)) for name, _, seed in parted if name in by_name and seed.isdecimal()]
+    return {(name, seed): jobs_of(args, by_name[name], seed) for name, seed in found}
 
 
 def check_labels(args):
@@ -177,10 +178,9 @@ def main(argv=None):
     device, done, failed = runtime.choose_device(args.no_cuda), 0, []
     args.precision = runtime.choose_precision(args.precision, device)  # typed into all calls: one folder has one
     wanted = [(row, seed) for seed in args.seeds for row in rows if row.name in args.rows]  # every row is soon there
-    known = {(row.name, seed): jobs_of(args, row, seed) for row, seed in [*wanted, *begun_before(args, rows)]}
-    for job in (job for todo in known.values() for job in todo):
+    work = [jobs_of(args, row, seed) for row, seed in wanted]
+    for job in (job for todo in [*work, *begun(args, rows).values()] for job in todo):
         jobs.check(job)
-    work = [known[row.name, seed] for row, seed in wanted]
     if any(jobs.figures_of(job) is None for todo in work for job in todo):
         check_labels(args)
     for todo in work:
@@ -196,8 +196,8 @@ def main(argv=None):
             continue
         done += sum(made)
         if any(made):
-            report(args, rows, known)
-    content = report(args, rows, known)
+            report(args, rows)
+    content = report(args, rows)
     print(f"\n{standings.markdown(content)}\n{done} calls made; what had been finished was not repeated")
     for name, what in zip(NAMES[args.ablations], ("this table", "its plot", "every figure and its command")):
         print(f"{what}: {tracking.relative(Path(args.output_folder, name))}")
@@ -209,8 +209,9 @@ def main(argv=None):
 # ---------------------------------------------------------------------------------------------------- what is reported
 
 
-def report(args, rows, known):
-    """Write what is known by now into the output folder. Returns the content of the JSON file: a dict."""
+def report(args, rows):
+    """Write what the output folder has by now into it. Returns the content of the JSON file: a dict."""
+    known = begun(args, rows)
     calls = {key: account(known[key]) for key in sorted(known, key=lambda key: key[1])}  # by seed
     rows = [row for row in rows if row.name in args.rows or any(calls[key] for key in calls if key[0] == row.name)]
     scores = {row.name: {} for row in rows}
