@@ -336,6 +336,11 @@ def test_ablations_change_one_thing_at_a_time():
     assert len(trained) == sum(len(values) - 1 for _, values in utils.rows.FACTORS.values())
 
 
+def test_ablations_leave_out_what_an_option_rules_out():
+    names = {row.name for row in reproduce.parse(["--ablations", "--scale", "2"])[1]}
+    assert {"ablation-scale-4", "ablation-scale-8"} < names and "ablation-encoder-arch-resnet" not in names
+
+
 # ---------------------------------------------------------------------------------------------------- reporting
 
 

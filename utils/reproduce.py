@@ -73,8 +73,8 @@ def build_parser():
                       help="one training each; three or more tell how far chance reaches (default: 1 2 3)")
     what.add_argument("--ablations", action="store_true",
                       help="another table instead, ablations.md: the recipe's PatchVAE with other numbers of parts, "
-                      "appearance sizes, priors, betas, damage, another learning rate or encoder, one at a time; "
-                      "judged as with --frozen-only")  # fmt: skip
+                      "appearance sizes, priors, betas, damage, another learning rate, encoder or scale, one at a "
+                      "time; judged as with --frozen-only")  # fmt: skip
     what.add_argument("--frozen-only", action="store_true",
                       help="judge only encoders that are frozen as a whole; the other cuts train the layers behind "
                       "them, which takes longer than all else but the training itself")

@@ -3,6 +3,7 @@
 Cuts are where an encoder is frozen: the paper's (modules.CUTS), or ALL of it.
 """
 
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 import modules
 import run
 from utils import options
+from utils.console import UsageError
 
 # The options of run.py that served recognition best, for PatchVAE, on held-out training images of CIFAR-10.
 RECIPE = "--encoder-arch pyramid --lr 1e-3 --batch-size 64 --beta-a 0.1 --beta-v 0.1 --hide 0.5 --grey 0.5".split()
@@ -32,6 +34,7 @@ FACTORS = {  # of --ablations: their values take turns, all else stays as in the
     "grey": ("what is grey", (0, 0.5)),
     "lr": ("learning rate", (1e-4, 1e-3)),
     "encoder_arch": ("encoder", ("pyramid", "resnet")),
+    "scale": ("scale", (4, 8)),
 }
 ALL = "all"
 
@@ -77,7 +80,7 @@ def table_rows(args):
 
 
 def ablation_rows(args):
-    """The rows of --ablations: the recipe's PatchVAE, and every other value of each factor: a list."""
+    """The rows of --ablations: the recipe's PatchVAE, and every other possible value of each factor: a list."""
     common = [*RECIPE, *model_options(args, "patchy")]
     base = _settled(tuple(common))
     common += ["--py", str(base.py)]  # its default would change with the number of parts
@@ -85,8 +88,9 @@ def ablation_rows(args):
     for name, (group, values) in FACTORS.items():
         flag, own = f"--{name.replace('_', '-')}", getattr(base, name)
         for text in (in_short(value) for value in values if value != own):
-            words = f"{group} (recipe: {in_short(own)})"
-            rows.append(Row(f"ablation{flag[1:]}-{text}", words, text, [*common, flag, text]))
+            row = Row(f"ablation{flag[1:]}-{text}", f"{group} (recipe: {in_short(own)})", text, [*common, flag, text])
+            with contextlib.suppress(UsageError):  # not every encoder has every scale
+                rows += [row] if row.settled else []
     return [*rows, *random_rows(rows)]
 
 
