@@ -393,12 +393,27 @@ def test_readme_shows_the_figures_on_record():
     lines = [line for line in standings.markdown(content).splitlines() if line.startswith("|")]
     shown = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) > 10 and set(lines) <= set(shown)
-    seeds = content["rows"][0]["scores"]["all-head"]["seeds"]
-    assert content["rows"][0]["scores"]["all-head"]["mean"] == pytest.approx(np.mean(list(seeds.values())))
-    for name, seed in ((row["name"], seed) for row in content["rows"] for seed in seeds):
-        call = content["calls"][f"{name}-seed{seed}"]["all-head"]
-        (row,) = (row for row in content["rows"] if row["name"] == name)
-        assert call["last"]["top1"] == row["scores"]["all-head"]["seeds"][seed]
+    for row in content["rows"]:
+        (column,) = {"all-head", "none-head"} & set(row["scores"])
+        score = row["scores"][column]
+        assert score["mean"] == pytest.approx(np.mean(list(score["seeds"].values())))
+        for seed, value in score["seeds"].items():
+            assert content["calls"][f"{row['name']}-seed{seed}"][column]["last"]["top1"] == value
+
+
+def test_readme_shows_the_ablations_on_record():
+    content = json.loads((ROOT / "imgs" / "ablations.json").read_text())
+    rows = {row["name"]: row["scores"] for row in content["rows"]}
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    base = reproduce.parse(["--ablations"])[1][0].settled
+    for name, (words, values) in utils.rows.FACTORS.items():
+        lines = []
+        for value in values:
+            is_base, text = value == getattr(base, name), utils.rows.in_short(value)
+            scores = rows["ablation-base" if is_base else f"ablation-{name.replace('_', '-')}-{text}"]
+            means = [f"{scores[column]['mean']:.1f}" for column in standings.FROZEN]
+            lines.append([f"**{cell}**" if is_base else cell for cell in (text, *means)])
+        assert f"| {' | '.join([words, *map(' · '.join, zip(*lines))])} |" in shown
 
 
 def places(picture, colour):
