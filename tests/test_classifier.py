@@ -248,7 +248,7 @@ def test_linear_and_knn_report_together(finished, tmp_path):
     assert set(json.loads((tmp_path / "results.json").read_text())) >= {"linear", "knn"}
 
 
-@pytest.mark.parametrize("largest, side", [(64 * 64, 8), (64 * 64 - 1, 7), (63, 1)])
+@pytest.mark.parametrize("largest, side", [(64 * 64, 8), (64 * 64 - 1, 7), (64 * 16, 4), (63, 1)])
 def test_a_probe_reads_the_features_where_freezing_ends(finished, tmp_path, monkeypatch, largest, side):
     """The map of 64 channels on 8×8 cells itself, or, where that is too large, its averages over coarser cells."""
     seen = {}

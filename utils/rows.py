@@ -90,7 +90,8 @@ def ablation_rows(args):
         for text in (in_short(value) for value in values if value != own):
             row = Row(f"ablation{flag[1:]}-{text}", f"{group} (recipe: {in_short(own)})", text, [*common, flag, text])
             with contextlib.suppress(UsageError):  # not every encoder has every scale
-                rows += [row] if row.settled else []
+                _settled(tuple(row.typed))
+                rows.append(row)
     return [*rows, *random_rows(rows)]
 
 
