@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from scipy import ndimage
 
 import classifier
@@ -88,6 +89,9 @@ def test_everything_is_judged_and_stands_in_the_files(finished):
     assert training["command"].startswith("python run.py --dataset digits") and training["seconds"] > 0
     table = (folder / "table.md").read_text()
     assert "| paper's setting | PatchVAE |" in table and "±0" not in table and "± 0.00" not in table
+    drawn = np.asarray(Image.open(folder / "runs" / "paper-patchy-seed3" / "images" / "samples_epoch_002.png"))
+    shown = np.asarray(Image.open(folder / "samples.png"))  # random weights have no strip in it
+    assert (shown[-len(drawn) :, : drawn.shape[1]] == drawn).all() and len(shown) < 2 * len(drawn)
 
 
 def test_the_commands_in_the_records_make_the_same_figures(finished, tmp_path):

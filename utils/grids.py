@@ -75,6 +75,14 @@ def matrix(values):
     return Image.fromarray(shades).resize((cell * len(values),) * 2, Image.Resampling.NEAREST)
 
 
+def stacked(pictures):
+    """PIL images one below the other, from the left border: PIL image."""
+    sheet = Image.new("RGB", (max(one.width for one in pictures), sum(one.height for one in pictures)), PAPER)
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (0, sum(one.height for one in pictures[:number])))
+    return sheet
+
+
 def titled(picture, lines):
     """The PIL image `picture` below `lines` of text, and wide enough for them: PIL image."""
     font = ImageFont.load_default(size=12)

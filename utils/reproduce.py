@@ -5,9 +5,10 @@
 
 The rows: beta-VAE and PatchVAE, plain and with the edge-weighted loss, in the paper's own setting and with our recipe;
 random initialisation; a supervised ResNet-18. Encoders are frozen up to each of the paper's cuts and judged by
-classifier.py's head, a linear and a nearest-neighbour probe. table.md, plot.png and results.json in the output folder
-are renewed whenever a model has been judged. The same command goes on where it was stopped and repeats nothing that is
-finished. Processes may share the work, with other --seeds or --rows each: every report has all that the folder has.
+classifier.py's head, a linear and a nearest-neighbour probe. table.md, plot.png, results.json and samples.png
+in the output folder are renewed whenever a model has been judged. The same command goes on where it was stopped and
+repeats nothing that is finished. Processes may share the work, with other --seeds or --rows each: every report has all
+that the folder has.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ import math
 import shlex
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,7 +33,8 @@ from utils.rows import typed_again, unsupervised  # noqa: E402
 HEAD = ["--standardise", "--lr", "0.03"]  # classifier.py's own 0.1 is for whole networks
 SUPERVISED = ["--arch", "resnet18", "--lr", "0.1"]
 NONE = "none"  # the cut of a supervised network
-NAMES = {False: ("table.md", "plot.png", "results.json"), True: ("ablations.md", "ablations.png", "ablations.json")}
+NAMES = {False: ("table.md", "plot.png", "results.json", "samples.png"),
+         True: ("ablations.md", "ablations.png", "ablations.json", "ablation_samples.png")}  # fmt: skip
 DATA = ("dataset", "data_folder", "size", "inet", "workers", "cache", "cache_folder", "skip_broken")
 # What --quick puts in place of options that are not given.
 QUICK = {
@@ -199,8 +203,10 @@ def main(argv=None):
             report(args, rows)
     content = report(args, rows)
     print(f"\n{standings.markdown(content)}\n{done} calls made; what had been finished was not repeated")
-    for name, what in zip(NAMES[args.ablations], ("this table", "its plot", "every figure and its command")):
-        print(f"{what}: {tracking.relative(Path(args.output_folder, name))}")
+    kinds = ("this table", "its plot", "every figure and its command", "what the models draw")
+    for path, what in zip((Path(args.output_folder, name) for name in NAMES[args.ablations]), kinds):
+        if path.exists():  # random weights alone draw nothing
+            print(f"{what}: {tracking.relative(path)}")
     if failed:
         raise console.RunError(f"{len(failed)} of {len(work)} models are not finished; the first: {failed[0]}")
     return content
@@ -228,14 +234,30 @@ def report(args, rows):
     }  # fmt: skip
     folder = Path(args.output_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    table, plot, figures = (folder / name for name in NAMES[args.ablations])
+    table, plot, figures, samples = (folder / name for name in NAMES[args.ablations])
+    strips = strips_of(args, rows, calls)
     with open(folder / ".report.lock", "w") as lock:
         with contextlib.suppress(OSError):  # not every network's file system can lock
             fcntl.lockf(lock, fcntl.LOCK_EX)  # other processes report into this folder, too
         tracking.write_json(figures, content)
         grids.save(standings.plot(content), str(plot))
+        if strips:
+            grids.save(grids.stacked(strips), str(samples))
         checkpoints.write(table, lambda file: file.write(standings.markdown(content).encode()))
     return content
+
+
+def strips_of(args, rows, calls):
+    """What each trained row draws at random after its last epoch, of its first seed: a list of PIL images."""
+    strips = []
+    for row in rows:
+        seeds = [seed for (name, seed), found in calls.items() if name == row.name and "training" in found]
+        pictures = [*(runs(args) / f"{row.name}-seed{seeds[0]}" / "images").glob("samples_*.png")] if seeds else []
+        if pictures:
+            last = max(pictures, key=lambda path: (len(path.name), path.name))
+            words = f"{row.group}: {row.words}".replace("β", "beta")  # Pillow's font has no β
+            strips.append(grids.titled(Image.open(last), [words]))
+    return strips
 
 
 def images_of(args):
