@@ -91,7 +91,7 @@ def build_parser():
         help="weight decay (default: %(default)s)"
     )
     training.add_argument(
-        "--seed", type=console.whole(0), default=1, metavar="K",
+        "--seed", type=console.seed, default=1, metavar="K",
         help="of weights, order and dropout (default: %(default)s)"
     )
     options.add_speed_options(training)
@@ -194,16 +194,20 @@ def find_checkpoint(args, given):
 def main(argv=None):
     """Train, probe or evaluate as `argv` says; returns the figures, as results.json holds them: a dict."""
     args, file, checkpoint = parse(argv)
+    if not args.evaluate:
+        tracking.check_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
     device = runtime.choose_device(args.no_cuda, args.gpu)
     args.precision = runtime.choose_precision(args.precision, device)  # kept: a resumed run must not change it
-    train, test = open_labelled(args, device)
+    sources = labelled_sources(args)
+    classes = sources[0].classes
+    *train, test = options.open_batches(args, sources[1:] if args.evaluate else sources, device)
     torch.manual_seed(args.seed)
-    classes = train.source.classes
     model = runtime.channels_last(build_model(args, len(classes)).to(device))
-    images = f"{len(train):,} training and {len(test):,} test images of {len(classes)} classes"
-    print(f"{args.dataset}: {images}, {args.size} px, {runtime.describe(device)}")
+    images = "".join(f"{len(batches):,} training and " for batches in train) + f"{len(test):,} test images"
+    print(f"{args.dataset}: {images} of {len(classes)} classes, {args.size} px, {runtime.describe(device)}")
     if checkpoint:
-        restore(model, checkpoint)
+        check_classes(checkpoint, classes)
+        model.load_state_dict(checkpoint["model"])
     else:
         load = file and not args.random_init
         args.fresh = load_encoder(model, file["model"], args.pretrained) if load else []  # kept for --resume
@@ -216,7 +220,7 @@ def main(argv=None):
     if ranks.is_main():
         tracking.write_json(folder / "classifier_args.json", {**vars(args), **runtime.record()})
     judge = probe if args.linear or args.knn else fit
-    results, scores, labels = judge(args, model, train, test, folder, checkpoint)
+    results, scores, labels = judge(args, model, *train, test, folder, checkpoint)
     if ranks.is_main():
         recognition.write(args, folder, model.frozen, classes, results, scores, labels)
     return results
@@ -225,13 +229,11 @@ def main(argv=None):
 # ---------------------------------------------------------------------------------------------------- data and model
 
 
-def open_labelled(args, device):
-    """Training and test Batches, both with labels that mean the same classes."""
-    return options.open_batches(args, labelled_sources(args), device)
-
-
 def labelled_sources(args):
-    """The training images, as many as --label-fraction wants, and the test images: a tuple. Raises RunError."""
+    """The training images, as many as --label-fraction wants, and the test images: a tuple.
+
+    Their labels mean the same classes. Raises RunError.
+    """
     with ranks.main_first():
         train, test = (open_split(args.dataset, args.data_folder, split, args.size) for split in ("train", "test"))
     for source in (train, test):
@@ -241,12 +243,13 @@ def labelled_sources(args):
                     "or CLASS/*"
             )
     if test.classes != train.classes:
-        unknown = sorted(set(test.classes) - set(train.classes))
+        number = {name: label for label, name in enumerate(train.classes)}
+        unknown = sorted(test.classes[label] for label in np.unique(test.labels) if test.classes[label] not in number)
         if unknown:
             raise console.RunError(
                 f"{args.data_folder}: test images of the class {unknown[0]}, which has no training images"
             )
-        test.labels = np.array([train.classes.index(name) for name in test.classes])[test.labels]
+        test.labels = np.array([number.get(name, -1) for name in test.classes])[test.labels]
     if len(train.classes) < 2:
         raise console.RunError(f"--dataset {args.dataset} has a single class; there is nothing to tell apart")
     if args.label_fraction < 1:
@@ -315,20 +318,22 @@ def prepare_layers(args, model):
     model.freeze(count)
     if probing:
         model.encoder = model.encoder[:count]  # a probe reads what is frozen
+        if count < len(names):
+            model.grid = None  # the average over the whole map belongs to a whole network
     weights = "pretrained" if args.pretrained and not args.random_init else "random"
     frozen = f"{names[0]} to {names[count - 1]}" if count else "nothing"
     print(f"{args.arch}: encoder {args.encoder_arch} with {weights} weights at the start, frozen: {frozen}")
 
 
-def restore(model, checkpoint):
-    """Load the weights of a classifier's checkpoint."""
-    classes = model.head[-1].out_features
-    if checkpoint["classes"] != classes:
+def check_classes(checkpoint, classes):
+    """Refuse images whose classes, a list of names, are not those of a classifier's checkpoint."""
+    known = checkpoint.get("class_names", classes)  # older ones have but their number
+    if checkpoint["classes"] != len(classes) or known != classes:
+        differ = next((f" ({one} there, {other} here)" for one, other in zip(known, classes) if one != other), "")
         raise console.RunError(
-            f"the checkpoint knows {checkpoint['classes']} classes, the data have {classes}; "
+            f"the checkpoint knows {checkpoint['classes']} classes, the data have {len(classes)}{differ}; "
             "check --dataset and --data-folder"
         )
-    model.load_state_dict(checkpoint["model"])
 
 
 # ---------------------------------------------------------------------------------------------------- the head
@@ -339,6 +344,7 @@ def fit(args, model, train, test, folder, checkpoint=None):
 
     Returns the results, and of the best model the scores (N×classes) and labels (N) of the test images.
     """
+    classes = train.source.classes
     network, train, test = skip_frozen_encoder(args, model, train, test)
     optimizer = build_optimizer(args, model)
     batch_size = min(args.batch_size, len(train))
@@ -347,12 +353,12 @@ def fit(args, model, train, test, folder, checkpoint=None):
     progress.step = args.start_epoch * progress.steps_per_epoch
     progress.tested = args.start_epoch
     if checkpoint:
-        loop.restore(checkpoint, optimizer, progress, folder / CHECKPOINTS)
+        loop.restore(checkpoint, optimizer, progress, folder / CHECKPOINTS, len(train))
     last_step = args.epochs * progress.steps_per_epoch
     stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
     parallel = runtime.compiled(ranks.parallel(network), args.compile)
-    classes = model.head[-1].out_features
-    content = {"kind": checkpoints.CLASSIFIER, "classes": classes, "model": model, "optimizer": optimizer}
+    content = {"kind": checkpoints.CLASSIFIER, "classes": len(classes), "class_names": classes}
+    content |= {"model": model, "optimizer": optimizer, "images": len(train)}
     with (
         tracking.Tracker(folder, "classifier.jsonl", "logs_classifier", progress.step, progress.owes_test) as tracker,
         loop.Keeper(folder / CHECKPOINTS, args, progress, tracker, folder / "checkpoint.pt", **content) as keeper,
@@ -371,7 +377,7 @@ def fit(args, model, train, test, folder, checkpoint=None):
                 finish_epoch(args, network, test, progress, tracker, keeper)
                 parallel.train()
             keeper.after_step(regular=progress.epoch_ends)
-        restore(model, checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER))
+        model.load_state_dict(checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER)["model"])
         _, scores, labels = evaluate(network, test, args.batch_size)
         tracker.picture("confusion", last_step, recognition.confusion_picture(scores, labels), "confusion.png")
     return {"best": progress.best, "last": progress.last}, scores, labels

@@ -21,7 +21,8 @@ from utils import cache, shapes
 from utils.console import RunError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HELD_OUT = 5  # where a data set has no test images, a fixed shuffle's every fifth is held out
+HELD_OUT = 0.2  # the share that is held out of a data set without test images
+OURS = ("args.json", "classifier_args.json")  # what a folder of run.py or classifier.py holds
 SPLITS = ("unlabelled", "train", "test")  # what run.py trains on, what classifier.py trains on, what both test on
 
 
@@ -48,11 +49,16 @@ class Files:
         path = self.path(index)
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
+                return _eight_bit(image).convert("RGB")
         except FileNotFoundError:
             raise RunError(f"{path}: the image is not there (any more); restore it and start again") from None
         except Exception as error:  # Pillow raises many kinds for a broken file
             raise RunError(f"{path}: cannot be decoded ({error}); repair or remove it") from None
+
+    def lots(self):
+        """A number from 0 to 1 for each image, as good as drawn, that depends on its path alone: N floats."""
+        drawn = [int.from_bytes(hashlib.blake2b(path, digest_size=8).digest()) for path in self.paths.tolist()]
+        return np.array(drawn) / 2**64
 
     def listing(self):
         """A cache.Listing: what tells whether a file changed; -1 for the size and time of one that is not there."""
@@ -66,6 +72,15 @@ class Files:
         subset = Files(self.root, [], labels, self.classes, part)
         subset.paths = self.paths[chosen]
         return subset
+
+
+def _eight_bit(image):
+    """A PIL image as it is, or of 16 bits brought to 8. Raises ValueError where nobody knows what white is."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits; convert it to 8 or 16 bits")
+    return image
 
 
 def _stamp(path):
@@ -85,6 +100,10 @@ class Arrays:
 
     def __len__(self):
         return len(self.pixels)
+
+    def lots(self):
+        """A number from 0 to 1 for each image, drawn once and for all: N floats."""
+        return np.random.default_rng(0).random(len(self))
 
     def image(self, index):
         return Image.fromarray(self.pixels[index])
@@ -139,7 +158,7 @@ def torchvision_set(name, folder):
         load = functools.partial(getattr(torchvision.datasets, name), root, train=split != "test")
         try:
             found = load(download=False)
-        except RuntimeError:  # torchvision's word for absent or damaged files
+        except (RuntimeError, ValueError):  # torchvision's words for absent and for damaged files
             found = _download(load, name, Path(root, folder))
         return Arrays(np.asarray(found.data), found.targets, found.classes)
 
@@ -151,7 +170,7 @@ def _download(load, name, folder):
     socket.setdefaulttimeout(30)
     try:
         return load(download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise RunError(
             f"{name}: not found in {folder} and not to be downloaded ({str(error).strip()}); put the extracted files "
             f"into {folder}, or try --dataset shapes, which needs none"
@@ -197,7 +216,7 @@ def labelled_folder(folder):
     if not Path(folder).is_dir():
         raise RunError(f"{folder}: no such folder; expected {folder}/CLASS/* with the images of each class")
     try:
-        found = _ClassFolder(folder)
+        found = _ClassFolder(folder, is_valid_file=lambda path: _is_image(path[len(os.fspath(folder)) :]))
     except FileNotFoundError as error:
         raise RunError(f"{folder}: {str(error).splitlines()[0]} Expected {folder}/CLASS/* with images") from None
     paths, labels = zip(*found.samples)
@@ -213,30 +232,45 @@ class _ClassFolder(torchvision.datasets.ImageFolder):
 
 
 def _is_class(entry):
-    return entry.is_dir() and not entry.name.startswith(".")  # such as our own CACHE_FOLDER
+    return entry.is_dir() and not entry.name.startswith(".") and not _is_ours(entry.path)
+
+
+def _is_ours(folder):
+    """Whether a run wrote the folder: its pictures are no images to learn from."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in OURS)
 
 
 def flat_folder(folder):
     """All images at any depth below `folder`, in the order of their paths, without labels."""
     paths = []
-    for place, _, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _is_ours(os.path.join(place, name))]
         paths += [os.path.relpath(os.path.join(place, name), folder) for name in names if _is_image(name)]
     if not paths:
         raise RunError(f"{folder}: no images in it; known endings are {' '.join(IMG_EXTENSIONS)}")
     return Files(folder, sorted(paths))
 
 
-def _is_image(name):
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+def _refuse(error):
+    raise RunError(f"{error.filename}: {error.strerror}; make it readable, or move it away") from None
+
+
+def _is_image(path):
+    """Whether the path, relative to the data folder, is that of an image, and nothing in it is hidden."""
+    return path.lower().endswith(IMG_EXTENSIONS) and not any(name.startswith(".") for name in path.split(os.sep))
 
 
 def held_out(source, split):
-    """The held-out fifth of `source` for the split `test`, the rest for the others; the same whatever --seed is."""
-    order = np.random.default_rng(0).permutation(len(source))
-    if source.labels is not None:
-        order = order[np.argsort(source.labels[order], kind="stable")]  # class by class: a fifth of each
-    chosen = np.zeros(len(source), bool)
-    chosen[order[1::HELD_OUT]] = True
+    """About a fifth of `source` for the split `test`, the rest for the others; the same whatever --seed is.
+
+    Each image has a lot of its own, so that it stays where it is when others come or go.
+    """
+    lots = source.lots()
+    chosen = lots < HELD_OUT
+    labels = np.zeros(len(source), int) if source.labels is None else source.labels
+    for members in (np.flatnonzero(labels == label) for label in np.unique(labels)):
+        chosen[members[lots[members].argmin()]] = True  # something of every class to test on
+        chosen[members[lots[members].argmax()]] = False  # and before that to train on
     if not chosen.any():
         raise RunError(f"{getattr(source, 'root', 'the data set')}: one image is too few; two or more are needed")
     if split == "test":

@@ -196,7 +196,7 @@ def build_encoder(encoder_arch, channels, scale, ngf=64):
 
 
 class AlexNetTrunk(nn.Sequential):
-    """torchvision's AlexNet features behind a border that makes the map exactly H/32 × W/32 at every size."""
+    """torchvision's AlexNet features behind a border that makes the map exactly H/32 × W/32 from 28 pixels on."""
 
     BORDER = (17, 18, 17, 18)  # zeros left, right, above and below
 
@@ -441,7 +441,7 @@ def build_model(options):
     groups = o["num_parts"] if o["independent"] else 1
     inputs = o["ngf"] if o["arch"] == "vae" else latent_size
     pixels = o["channels"], o["scale"], o["mean"], o["std"]
-    decoder = PyramidDecoder(inputs, *pixels, o["ngf"], groups, o.get("decoder_arch", "pyramid"))
+    decoder = PyramidDecoder(inputs, *pixels, o["ngf"], groups, o["decoder_arch"])
     if o["arch"] == "vae":
         return BetaVAE(encoder, features, decoder, latent_size, grid, o["ngf"])
     parts = o["num_parts"], o["hidden_size"], grid, o["py"], o["categorical"], o["hard"]

@@ -24,7 +24,7 @@ SHOWN = 12  # images in the pictures of every epoch
 FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "no_cuda")
 FREE += ("num_epochs", "save_interval", "save_minutes")
 # Options that --evaluate takes from the model file, as the training had them, unless they are given.
-TESTED_WITH = ("dataset", "data_folder", "batch_size", "beta_a", "beta_v", "target", "recon_mask")
+TESTED_WITH = ("batch_size", "beta_a", "beta_v", "target", "recon_mask")
 CONTENTS = ("args.json", "model.pt", "checkpoints", "logs", "images", "metrics.jsonl")  # of the output folder
 
 
@@ -97,7 +97,7 @@ def build_parser():
         "--pretrained", metavar="FILE", help="a model.pt to start from; it knows its own model options"
     )
     training.add_argument(
-        "--seed", type=console.whole(0), default=1, metavar="K",
+        "--seed", type=console.seed, default=1, metavar="K",
         help="of weights, order and noise (default: %(default)s)"
     )
     options.add_speed_options(training)
@@ -140,6 +140,7 @@ def parse(argv):
         args.pretrained = os.path.join(args.output_folder, "model.pt")
     file = checkpoints.load(args.pretrained, checkpoints.MODEL) if args.pretrained else None
     if args.evaluate:
+        options.follow_data(args, given, file["args"])
         for name in TESTED_WITH:
             if name not in given:
                 setattr(args, name, file["args"].get(name, getattr(args, name)))  # older files know fewer
@@ -147,7 +148,8 @@ def parse(argv):
         options.follow_file(args, given, file["options"], args.pretrained)
     options.complete(args, given)
     args.py = prior(args)
-    if args.overwrite and args.pretrained == os.path.join(args.output_folder, "model.pt"):
+    own = os.path.realpath(os.path.join(args.output_folder, "model.pt"))
+    if args.overwrite and args.pretrained and os.path.realpath(args.pretrained) == own:
         raise console.UsageError(f"--overwrite would delete {args.pretrained} first; give another --output-folder")
     if args.target == "edges" and args.recon_mask:
         raise console.UsageError("--target edges has edges alone to reconstruct; drop --recon-mask or the target")
@@ -181,28 +183,30 @@ def prior(args):
 def main(argv=None):
     """Train, or evaluate, as `argv` says; returns the best test figures: a dict of floats."""
     args, file, checkpoint = parse(argv)
+    splits = ("test",) if args.evaluate else ("unlabelled", "test")
     if not args.evaluate:
         options.check_batch(min(args.batch_size, args.img_per_epoch), (args.size // args.scale) ** 2)
+        tracking.check_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
     device = runtime.choose_device(args.no_cuda)
     args.precision = runtime.choose_precision(args.precision, device)  # kept: a resumed run must not change it
     with ranks.main_first():
-        sources = [open_split(args.dataset, args.data_folder, split, args.size) for split in ("unlabelled", "test")]
-    train, test = options.open_batches(args, sources, device)
+        sources = [open_split(args.dataset, args.data_folder, split, args.size) for split in splits]
+    *train, test = options.open_batches(args, sources, device)
     described = options.describe_model(args)
     torch.manual_seed(args.seed)
     model = runtime.channels_last(modules.build_model(described).to(device))
     if file or checkpoint:
         model.load_state_dict((file or checkpoint)["model"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    images = f"{len(train):,} training and {len(test):,} test images, {args.size} px"
-    print(f"{args.dataset}: {images}, {runtime.describe(device)}")
+    images = "".join(f"{len(batches):,} training and " for batches in train) + f"{len(test):,} test images"
+    print(f"{args.dataset}: {images}, {args.size} px, {runtime.describe(device)}")
     print(f"{args.arch}: {parameters:,} parameters, encoder {args.encoder_arch}, {bottleneck(args)}")
     if args.evaluate:
         return evaluate_only(args, model, test)
     folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
     if ranks.is_main():
         tracking.write_json(folder / "args.json", {**vars(args), **runtime.record()})
-    return fit(args, described, model, train, test, folder, checkpoint)
+    return fit(args, described, model, *train, test, folder, checkpoint)
 
 
 def fit(args, described, model, train, test, folder, checkpoint=None):
@@ -211,12 +215,12 @@ def fit(args, described, model, train, test, folder, checkpoint=None):
     batch_size = min(args.batch_size, args.img_per_epoch)
     progress = loop.Progress(steps_per_epoch=math.ceil(args.img_per_epoch / batch_size))
     if checkpoint:
-        loop.restore(checkpoint, optimizer, progress, folder / "checkpoints")
+        loop.restore(checkpoint, optimizer, progress, folder / "checkpoints", len(train))
     last_step = args.num_epochs * progress.steps_per_epoch
     # Order, mirroring and noise are functions of (seed, step): the step is all that has to be remembered of them.
     stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
     network = runtime.compiled(ranks.parallel(model), args.compile)
-    content = {"kind": checkpoints.TRAINING, "model": model, "optimizer": optimizer}
+    content = {"kind": checkpoints.TRAINING, "model": model, "optimizer": optimizer, "images": len(train)}
     with (
         tracking.Tracker(folder, step=progress.step, owes_test=progress.owes_test) as tracker,
         loop.Keeper(folder / "checkpoints", args, progress, tracker, **content) as keeper,
@@ -382,14 +386,13 @@ def draw_pictures(args, model, test):
 
 
 def evaluate_only(args, model, test):
-    """Test the model and leave its pictures in the output folder's images/."""
+    """Test the model and leave its pictures in the output folder's evaluated/."""
     figures = evaluate(args, model, test)
     if not ranks.is_main():
         return figures
-    folder = Path(args.output_folder, "images")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(args.output_folder, "evaluated")
     for name, picture in draw_pictures(args, model, test).items():
-        picture.save(folder / f"{name}_evaluated.png")
+        grids.save(picture, str(folder / f"{name}.png"))
     print(f"test  {in_words(args, figures)}  {in_use(args, figures)}")
     print(f"its pictures are in {tracking.relative(folder)}")
     return figures

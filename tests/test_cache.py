@@ -1,18 +1,22 @@
 """Decoded once: the same batches from every cache, and a cache file that is complete and current, or not believed."""
 
 import errno
+import io
 import itertools
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import paint, paint_classes
+from conftest import ROOT, paint, paint_classes
 
 import datasets
 from datasets import Files, open_split
@@ -200,7 +204,7 @@ def test_a_damaged_file_is_not_believed(cut, flat, decoded, capsys):
 
 def test_a_current_file_is_read_without_writing_anything(flat, monkeypatch):
     open_batches(flat[0], "disk", flat[1])
-    monkeypatch.setattr(cache, "_locked", None)
+    monkeypatch.setattr(cache, "locked", None)
     assert_same(everything(open_batches(flat[0], "disk", flat[1])), everything(open_batches(flat[0], "none", None)))
 
 
@@ -313,6 +317,36 @@ def test_the_file_remembers_the_broken(with_broken, decoded):
     decoded.clear()
     assert len(open_batches(source, "disk", folder, skip_broken=True)) == 240
     assert sorted(decoded) == ["7.jpg", "9.jpg"] and not list(folder.glob("*.skipped.txt"))
+
+
+def test_processes_may_leave_out_the_broken_at_the_same_time(tmp_path):
+    """Each of them lists the broken images in the same file."""
+    paint_classes(tmp_path / "images", images=60, side=(8, 8))
+    (tmp_path / "images" / "ant" / "7.jpg").write_bytes(b"no image")
+    program = """
+        import os, sys, time, torch, datasets
+        from utils import batches
+        source = datasets.labelled_folder(sys.argv[1] + "/images")
+        open(f"{sys.argv[1]}/ready-{os.getpid()}", "w").close()
+        while sum(name.startswith("ready") for name in os.listdir(sys.argv[1])) < 4:
+            time.sleep(0.001)
+        for _ in range(20):
+            batches._list_broken(source, source.lots() == source.lots()[7], sys.argv[1] + "/cache/x.skipped.txt")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    running = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in range(4)]
+    assert [process.communicate(timeout=100)[1] for process in running] == [b""] * 4
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["x.skipped.txt"]
+
+
+def test_the_limit_of_a_job_counts_for_its_tasks(tmp_path, monkeypatch):
+    """Slurm sets it a few control groups above that of the process."""
+    for place, limit, used in (("", "max", 9), ("job_7", "1000", 300), ("job_7/step_0/task_0", "max", 100)):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / place / "memory.stat").write_text(f"anon {used}\nfile 5\n")
+    monkeypatch.setattr("builtins.open", lambda *of: io.StringIO("0::/job_7/step_0/task_0\n"))
+    assert cache._free_in_group(str(tmp_path)) == 700
 
 
 @pytest.mark.parametrize("mode", MODES)

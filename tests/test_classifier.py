@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import classifier
 import datasets
 import modules
 import run
-from utils import batches, checkpoints, console, features, recognition
+from utils import batches, checkpoints, console, features, options, recognition
 
 QUICK = ["--dataset", "digits", "--workers", "0", "--epochs", "2", "--ngf", "16"]
 
@@ -22,6 +23,11 @@ QUICK = ["--dataset", "digits", "--workers", "0", "--epochs", "2", "--ngf", "16"
 def train(folder, *options):
     """Results of a short classifier run on digits."""
     return classifier.main([*QUICK, *map(str, options), "--output-folder", str(folder)])
+
+
+def opened(args):
+    """Batches of the training and of the test images, as main() opens them."""
+    return options.open_batches(args, classifier.labelled_sources(args), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +172,8 @@ def test_the_output_folder_tells_what_happened(judged):
         and saved["torch"]
     )
     rows = list(csv.DictReader((folder / "per_class.csv").open()))
-    assert sum(int(row["images"]) for row in rows) == saved["data"]["test_images"] == 360
-    share = 100 * sum(int(row["correct"]) for row in rows) / 360
+    assert sum(int(row["images"]) for row in rows) == saved["data"]["test_images"] == 363
+    share = 100 * sum(int(row["correct"]) for row in rows) / 363
     assert share == pytest.approx(results["best"]["top1"])  # the pictures and tables are those of the best model
     assert Image.open(folder / "confusion.png").size == (400, 400)
     board = EventAccumulator(str(folder / "logs_classifier"), size_guidance={"images": 0})
@@ -186,7 +192,7 @@ def test_evaluate_repeats_what_training_reported(judged, batch_size, capsys):
         results["best"]["loss"], rel=1e-5
     )
     model = classifier.build_model(classifier.parse(["--evaluate", "--output-folder", str(folder)])[0], 10)
-    classifier.restore(model, checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER))
+    model.load_state_dict(checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER)["model"])
     source = datasets.open_split("digits", None, "test", 32)
     test = batches.Batches(source, 32, [0.5], [0.5], torch.device("cpu"))
     figures, scores, labels = classifier.evaluate(model, test, batch_size)
@@ -241,6 +247,15 @@ def test_probes_find_classes_that_are_there_and_chance_where_none_are():
             assert scores.shape == (200, 4) and low <= (scores.argmax(1) == labels[400:]).mean() <= high
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_the_linear_probe_learns_classes_of_few_images(images):
+    labels = np.repeat(np.arange(20), images)
+    x = np.eye(20, dtype=np.float32)[labels]
+    for seed in range(5):
+        scores, _ = features.linear_probe(x, labels, np.eye(20, dtype=np.float32), 20, seed)
+        assert (scores.argmax(1) == np.arange(20)).all()
+
+
 def test_linear_and_knn_report_together(finished, tmp_path):
     pretrained = ["--arch", "patchy", "--pretrained", finished[0] / "model.pt"]
     results = train(tmp_path, *pretrained, "--linear", "--knn", "--label-fraction", 0.3)
@@ -253,13 +268,13 @@ def test_a_probe_reads_the_features_where_freezing_ends(finished, tmp_path, monk
     """The map of 64 channels on 8×8 cells itself, or, where that is too large, its averages over coarser cells."""
     seen = {}
     monkeypatch.setattr(features, "LARGEST", largest)
-    monkeypatch.setattr(features, "neighbour_probe", lambda x, *rest: seen.update(x=x) or (np.zeros((360, 10)), {}))
+    monkeypatch.setattr(features, "neighbour_probe", lambda x, *rest: seen.update(x=x) or (np.zeros((363, 10)), {}))
     train(tmp_path, "--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--knn", "--freeze", "conv1")
     model = checkpoints.load(finished[0] / "model.pt", checkpoints.MODEL)
     encoder = modules.build_model(model["options"]).eval().encoder
     encoder.load_state_dict({k[8:]: v for k, v in model["model"].items() if k.startswith("encoder.")})
     train_set = classifier.parse([*QUICK, "--arch", "patchy", "--random-init", "--ngf", "16"])[0]
-    x, _ = next(classifier.open_labelled(train_set, torch.device("cpu"))[0].in_order(5))
+    x, _ = next(opened(train_set)[0].in_order(5))
     with torch.no_grad():
         f = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x))))
         expected = torch.nn.functional.adaptive_avg_pool2d(f, side).flatten(1)
@@ -288,7 +303,7 @@ def test_the_head_sees_standardised_features(finished, tmp_path):
     model.head[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     with torch.no_grad():
         model.eval()
-        model(next(classifier.open_labelled(args, torch.device("cpu"))[0].in_order(1437))[0])
+        model(next(opened(args)[0].in_order(1434))[0])
     varies = saved["head.0.running_var"] > 0.001
     assert seen[0][:, varies].mean().abs() < 0.1 and 0.7 < seen[0][:, varies].var() < 1.5
 
@@ -305,8 +320,35 @@ def test_classes_are_matched_by_name(tmp_path):
     args = classifier.parse(
         ["--dataset", "folder", "--data-folder", str(tmp_path), "--arch", "resnet18", "--workers", "0"]
     )[0]
-    _, test = classifier.open_labelled(args, torch.device("cpu"))
+    _, test = opened(args)
     assert test.source.labels.tolist() == [1, 1, 2, 2]
+
+
+def test_a_class_that_no_image_has_does_not_matter(monkeypatch):
+    """As of Places205's lists, where a class is known by its number alone if it does not occur."""
+    few = np.zeros((6, 8, 8), np.uint8)
+    train = datasets.Arrays(few, [0, 0, 1, 1, 2, 2], ["abbey", "barn", "cave"])
+    test = datasets.Arrays(few[:2], [0, 2], ["abbey", "1", "cave"])
+    monkeypatch.setattr(classifier, "open_split", lambda name, root, split, size: train if split == "train" else test)
+    args = classifier.parse(["--dataset", "digits", "--arch", "resnet18"])[0]
+    assert classifier.labelled_sources(args)[1].labels.tolist() == [0, 2]
+
+
+def test_a_class_of_any_name_is_reported(tmp_path):
+    paint_classes(tmp_path / "data", ("ant", os.fsdecode(b"caf\xe9")), images=6)
+    classifier.main(["--dataset", "folder", "--data-folder", str(tmp_path / "data"), "--size", "32", "--arch", "patchy",
+                     "--random-init", "--knn", "--workers", "0", "--output-folder", str(tmp_path / "out")])  # fmt: skip
+    assert b"\ncaf\xe9," in (tmp_path / "out" / "per_class.csv").read_bytes()
+    assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_evaluation_needs_no_training_images_to_be_decoded(tmp_path):
+    paint_classes(tmp_path / "data" / "train", images=4)
+    paint_classes(tmp_path / "data" / "val", images=2)
+    options = ["--dataset", "folder", "--data-folder", tmp_path / "data", "--size", 32, "--arch", "resnet18", "-b", 4]
+    train(tmp_path / "out", *options, "--epochs", 1, "--skip-broken")
+    (tmp_path / "data" / "train" / "ant" / "0.jpg").write_bytes(b"no image any more")
+    assert "top1" in classifier.main(["--evaluate", "--output-folder", str(tmp_path / "out")])
 
 
 # ------------------------------------------------------------------------------------------------ the seed's commands
@@ -363,6 +405,8 @@ def place(tmp_path_factory, finished, judged):
     paint_classes(place / "strange" / "val", ("ant", "cow"), images=2)
     other = checkpoints.load(place / "best.pt", checkpoints.CLASSIFIER)
     torch.save({**other, "classes": 7}, place / "seven.pt")
+    names = ["zero", *other["class_names"][1:]]
+    torch.save({**other, "class_names": names}, place / "names.pt")
     older = {name: value for name, value in other["args"].items() if name != "standardise"}
     torch.save({**other, "args": older}, place / "older.pt")
     vae = checkpoints.load(place / "model.pt", checkpoints.MODEL)
@@ -378,6 +422,7 @@ BAD_INPUT = [
     ("--arch patchy --linear", 2, ["--linear", "--pretrained"]),
     ("--arch patchy --random-init --freeze 9", 2, ["--freeze 9", "child number 6", "layer2"]),
     ("--arch patchy --random-init --freeze conv1-5", 2, ["--freeze conv1-5", "layer2"]),
+    ("--arch alexnet --size 16", 2, ["--size 16", "alexnet", "--size 28"]),
     ("--arch resnet18 -b 1", 2, ["--batch-size 1"]),
     ("--arch resnet18 --scale 8", 2, ["--scale 8", "32"]),
     ("--arch resnet18 --encoder-arch pyramid", 2, ["--encoder-arch pyramid", "--arch resnet18"]),
@@ -394,6 +439,7 @@ BAD_INPUT = [
     ("--arch alexnet --pretrained {place}/model.pt", 1, ["model.pt", "--arch"]),
     ("--resume {place}/model.pt", 1, ["model.pt", "expected a checkpoint of classifier.py"]),
     ("--resume {place}/seven.pt --output-folder {place}", 1, ["7 classes", "10"]),
+    ("--evaluate --resume {place}/names.pt", 1, ["10 classes", "zero there, 0 here"]),
     ("--resume {place}/best.pt --lr 0.7 --output-folder {place}", 2, ["--lr 0.7 (file: 0.01)"]),
     ("--resume {place}/older.pt --standardise --output-folder {place}", 2, ["--standardise", "older version"]),
     ("--evaluate", 1, ["best.pt", "no such file"]),

@@ -10,9 +10,9 @@ import modules
 from datasets import normalisation
 
 CIFAR = {
-    "arch": "patchy", "encoder_arch": "resnet", "channels": 3, "size": 32, "scale": 8, "ngf": 64, "num_parts": 16,
-    "hidden_size": 6, "py": 1 / 16, "categorical": False, "hard": False, "independent": False,
-    "mean": [0.5] * 3, "std": [0.5] * 3,
+    "arch": "patchy", "encoder_arch": "resnet", "decoder_arch": "pyramid", "channels": 3, "size": 32, "scale": 8,
+    "ngf": 64, "num_parts": 16, "hidden_size": 6, "py": 1 / 16, "categorical": False, "hard": False,
+    "independent": False, "mean": [0.5] * 3, "std": [0.5] * 3,
 }  # fmt: skip
 IMAGENET = {**CIFAR, "size": 224, "scale": 32, "num_parts": 64, "hidden_size": 16}
 

@@ -108,6 +108,28 @@ def test_nothing_finished_is_repeated(finished, calls):
     assert calls == [] and again["calls"] == content["calls"] and again["rows"] == content["rows"]
 
 
+def test_frozen_only_does_less_and_reports_no_less(finished, tmp_path, calls):
+    folder, content = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    again = reproduce.main(command(tmp_path, "--frozen-only"))
+    assert calls == [] and again["columns"] == content["columns"] and again["rows"] == content["rows"]
+    for place in tmp_path.glob("runs/*/conv1-*"):
+        shutil.rmtree(place)
+    again = reproduce.main(command(tmp_path, "--frozen-only"))
+    assert calls == [] and list(again["columns"]) == standings.FROZEN
+
+
+def test_a_lost_model_matters_to_those_alone_who_need_it(finished, tmp_path, calls, line_of_error):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    home = tmp_path / "runs" / "paper-patchy-seed3"
+    (home / "model.pt").unlink()
+    again = reproduce.main(command(tmp_path))
+    assert calls == [] and again["rows"] == finished[1]["rows"]
+    shutil.rmtree(home / "all-head")
+    status, line = line_of_error(reproduce.main, command(tmp_path))
+    assert status == 1 and "1 of 2 models" in line and "model.pt" in line
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_report_has_all_that_the_folder_has(finished, tmp_path, calls, monkeypatch, when):
     """Also what other commands have made, or other processes make."""

@@ -1,6 +1,7 @@
 """run.py from the command line to the files that it leaves."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import modules
 import run
-from utils import checkpoints
+from utils import checkpoints, tracking
 
 TERMS = ("recon", "kl_app", "kl_occ", "kl_app_weighted", "kl_occ_weighted", "total")
 
@@ -62,6 +63,28 @@ def test_evaluate_repeats_the_figures_of_training_with_its_options(options, tmp_
     trained = run.main(["--dataset", "digits", *TINY, *options.split(), "--output-folder", str(tmp_path)])
     tested = run.main(["--evaluate", "--workers", "0", "--output-folder", str(tmp_path)])
     assert {name: trained[name] for name in tested} == pytest.approx(tested, rel=1e-5)
+
+
+def test_evaluate_needs_test_images_alone_and_leaves_the_folder_free(tmp_path):
+    paint_classes(tmp_path / "data" / "train", images=4)
+    paint_classes(tmp_path / "data" / "val", images=4)
+    options = ["--dataset", "imagenet", "--data-folder", str(tmp_path / "data"), "--size", "32", *TINY]
+    run.main([*options, "--output-folder", str(tmp_path / "run")])
+    shutil.rmtree(tmp_path / "data" / "train")
+    other = ["--workers", "0", "--output-folder", str(tmp_path / "other")]
+    run.main(["--evaluate", "--pretrained", str(tmp_path / "run" / "model.pt"), *other])
+    assert {path.name for path in (tmp_path / "other" / "evaluated").iterdir()} == {
+        "occurrence.png", "reconstructions.png", "samples.png"}  # fmt: skip
+    tracking.check_folder(tmp_path / "other", run.CONTENTS)
+
+
+def test_another_data_set_is_not_looked_for_in_the_folder_of_the_first(finished):
+    where = []
+    for more in ([], ["--dataset", "digits"], ["--dataset", "mnist"]):
+        argv = ["--evaluate", "--output-folder", str(finished[0]), *more]
+        where.append(run.parse(argv)[0].data_folder)
+    saved = checkpoints.load(finished[0] / "model.pt", checkpoints.MODEL)["args"]["data_folder"]
+    assert where == [saved, saved, "./data"]
 
 
 def test_what_is_hidden_has_to_be_reconstructed_and_tests_hide_nothing(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ of files, `listing()` and `path(index)`; see datasets.py.
 """
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -25,7 +26,7 @@ from utils import cache, checkpoints, console, ranks
 from utils.console import RunError
 
 CACHE_FOLDER = ".cache"  # below the data folder, unless --cache-folder says otherwise
-DECODING = {"version": 1, "resize": "bilinear, antialiased, centre crop", "Pillow": PIL.__version__}  # of cached pixels
+DECODING = {"version": 2, "resize": "bilinear, antialiased, centre crop", "Pillow": PIL.__version__}  # of cached pixels
 
 
 def resize_and_crop(image, size):
@@ -257,9 +258,11 @@ def _list_broken(source, is_broken, path):
         if count:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             lines = [os.fsencode(source.path(row)) + b"\n" for row in np.flatnonzero(is_broken)]
-            checkpoints.write(path, lambda file: file.writelines(lines))
-        elif os.path.exists(path):
-            os.remove(path)
+            with cache.locked(path):  # other processes write the same
+                checkpoints.write(path, lambda file: file.writelines(lines))
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
     found = f"{count:,} of {len(source):,} images cannot be decoded"
     if count * 100 > len(source):
         raise RunError(f"{source.root}: {found}, more than one in a hundred; {path} lists them: repair or remove them")

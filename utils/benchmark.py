@@ -229,7 +229,10 @@ def parse(argv):
     parser.add_argument("--quick", action="store_true", help="a tiny model instead, to try the command itself")
     parser.add_argument("--output", metavar="FILE", help="write all figures to this file, as JSON")
     parser.add_argument("--no-cuda", action="store_true", help="measure the CPU even where there is a GPU")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.curves and all(SETTINGS[name].is_classifier for name in args.settings):
+        raise console.UsageError("--curves goes with a setting that run.py trains; add cifar to --settings")
+    return args
 
 
 def in_own_process(function, *arguments):

@@ -7,6 +7,7 @@ iterator of B×C×S×S uint8 tensors, one for each array and in the same order, 
 
 import collections
 import contextlib
+import fcntl
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import os
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -82,14 +84,21 @@ def free_memory():
 
 
 def _free_in_group(root="/sys/fs/cgroup"):
-    """Bytes that the limit of a container or batch job (control group v2) leaves; infinity without one."""
+    """Bytes that the limits of a container or batch job (control groups v2) leave; infinity without one."""
     try:
         with open("/proc/self/cgroup") as lines:
-            place = next(line[3:].strip() for line in lines if line.startswith("0::"))
-        with open(f"{root}{place}/memory.max") as limit, open(f"{root}{place}/memory.stat") as lines:
-            used = dict(line.split() for line in lines)["anon"]  # file pages make room when asked
-            return max(0, int(limit.read()) - int(used))
-    except (OSError, KeyError, ValueError, StopIteration):  # "max", the word for no limit, is a ValueError
+            group = Path(next(line[3:].strip() for line in lines if line.startswith("0::")))
+    except (OSError, StopIteration):
+        return float("inf")
+    return min(_free_below(Path(root, *place.parts[1:])) for place in (group, *group.parents))  # Slurm limits the job
+
+
+def _free_below(group):
+    """Bytes that the limit of this control group by itself leaves."""
+    try:
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["anon"]
+        return max(0, int((group / "memory.max").read_text()) - int(used))  # file pages make room when asked
+    except (OSError, KeyError, ValueError):  # "max", the word for no limit, is a ValueError
         return float("inf")
 
 
@@ -219,7 +228,7 @@ def open_file(path, listing, shape, settings, decode, skip_broken=False):
         return content
     with writing(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with _locked(path):
+        with locked(path):
             content = _read(path, settings)  # another process may have been faster
             if not _is_current(content, listing, skip_broken):
                 _build(path, listing, shape, settings, content, decode, skip_broken)
@@ -337,17 +346,15 @@ def _read(path, settings):
 
 
 @contextlib.contextmanager
-def _locked(path):
+def locked(path):
     """Hold `path`.lock: one process at a time. The lock ends with its process, however that ends."""
-    import fcntl  # of POSIX alone; everything but this file works without it
-
     name, is_held = f"{path}.lock", False
     while not is_held:
         with open(name, "wb") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                print(f"cache: waiting for another process that builds {path}", flush=True)
+                print(f"cache: waiting for another process that writes {path}", flush=True)
                 fcntl.lockf(file, fcntl.LOCK_EX)
             is_held = _is_still(file, name)
             if is_held:

@@ -83,6 +83,9 @@ def _number(kind, low, high, strictly=False):
     return parse
 
 
+seed = whole(0, 2**32 - 1)  # as large as scikit-learn takes them
+
+
 def run(main):
     """Call `main()` and leave the process: 0, or one line on stderr and 1, 2, 130 (Ctrl-C) or 143 (SIGTERM, SIGUSR1).
 

@@ -107,6 +107,7 @@ def linear_probe(train_features, train_labels, test_features, classes, seed):
         _fit(probe, strength, x[fit_part], train_labels[fit_part])
         accuracy[strength] = probe.score(x[held_part], train_labels[held_part])
     strength = max(accuracy, key=accuracy.get)
+    probe.warm_start = len(np.unique(train_labels[fit_part])) == (counts > 0).sum()  # it knows all classes by now
     _fit(probe, strength, x, train_labels)
     return spread(probe.decision_function(test_x), probe.classes_, classes), {
         "C": strength,
@@ -118,6 +119,7 @@ def _fit(probe, strength, x, labels):
     with warnings.catch_warnings():
         # An early stop regularises too, and the held-out tenth judges it like any other setting.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", UserWarning)  # that few images a class look like regression
         probe.set_params(C=strength).fit(x, labels)
 
 

@@ -60,7 +60,13 @@ def check(job):
         return
     saved = json.loads(job.record.read_text(encoding="utf-8"))
     defaults = vars(job.script.build_parser().parse_args([]))  # what older code did not know, it did by default
-    saved, wanted = {**defaults, **saved, **saved["typed"]}, vars(job.script.parse(job.argv)[0])
+    try:
+        wanted = vars(job.script.parse(job.argv)[0])
+    except UsageError:
+        raise
+    except RunError:  # its encoder's model.pt is lost; who needs it will hear of that
+        return
+    saved = {**defaults, **saved, **saved["typed"]}
     free = {*job.script.FREE, *options.NEVER_SAVED, "typed", "pretrained"} - {"num_epochs", "epochs"}
     names = [name for name in saved if name in wanted and name not in free and saved[name] != wanted[name]]
     other = [f"--{name.replace('_', '-')} {saved[name]}, not {wanted[name]}" for name in names]

@@ -177,8 +177,13 @@ def obey(number, message):
     raise KeyboardInterrupt(message) if number == signal.SIGINT else Terminated(message)
 
 
-def restore(checkpoint, optimizer, progress, folder):
-    """Go on from the content of a checkpoint in `folder` (the model has its weights), and remove those after it."""
+def restore(checkpoint, optimizer, progress, folder, images):
+    """Go on from the content of a checkpoint in `folder` (the model has its weights), and remove those after it.
+
+    `images`: how many there are to train on by now; a run whose broken image was removed has to be able to go on.
+    """
+    if checkpoint.get("images", images) != images:
+        print(f"the run began with {checkpoint['images']:,} training images and goes on with {images:,}")
     try:
         progress.restore(checkpoint["progress"])
     except KeyError as error:

@@ -16,6 +16,8 @@ SCALES = {"resnet": (4, 8, 16, 32)} | dict.fromkeys(("pyramid", "patches"), (2, 
 DESCRIBED = ("arch", "encoder_arch", "decoder_arch", "size", "inet", "ngf", "independent", "scale", "num_parts")
 DESCRIBED += ("hidden_size", "py", "categorical", "hard")
 NEVER_SAVED = ("output_folder", "overwrite", "resume", "evaluate", "gpu")  # of this command, whatever it goes on with
+DATA_FOLDER = "./data"
+LEAST = {"alexnet": 28}  # pixels a side, below which an encoder's poolings leave nothing
 PARTS_ONLY = ("categorical", "hard", "independent", "py")
 
 
@@ -29,13 +31,13 @@ def add_data_options(parser, of_model=False):
         f"your own images (default: {default})",
     )
     group.add_argument(
-        "--data-folder", default=None if of_model else "./data", metavar="DIR",
+        "--data-folder", default=None if of_model else DATA_FOLDER, metavar="DIR",
         help=f"where its files lie or are downloaded to; README lists the layouts (default: {default})",
     )
     group.add_argument(
         "--size", type=whole(2), metavar="PIXELS",
-        help="side of the square images; a multiple of --scale (default: 32 for cifar, mnist, shapes and digits, 64 "
-        "for folders of images)",
+        help="side of the square images; a multiple of --scale (default: "
+        + (f"{default})" if of_model else "32 for cifar, mnist, shapes and digits, 64 for folders of images)"),
     )
     group.add_argument(
         "--inet", action="store_true",
@@ -138,6 +140,8 @@ def complete(args, given):
     if args.size % args.scale and args.arch in ARCHS:  # whole networks average whatever map they get
         near = max(args.scale, round(args.size / args.scale) * args.scale)
         raise UsageError(f"--size {args.size} is not a multiple of --scale {args.scale}; use --size {near}")
+    if args.size < (least := LEAST.get(args.encoder_arch, 1)):
+        raise UsageError(f"--size {args.size} leaves {args.encoder_arch} nothing to pool; use --size {least} or more")
     if args.arch == "vae":
         wrong = [name for name in PARTS_ONLY if name in given]
         if wrong:
@@ -171,6 +175,17 @@ def describe_model(args):
     channels = DATA_SETS[args.dataset].channels
     mean, std = normalisation(channels, args.inet)
     return {**{name: getattr(args, name) for name in DESCRIBED}, "channels": channels, "mean": mean, "std": std}
+
+
+def follow_data(args, given, saved):
+    """Let `args` take over the data set and its folder from the options `saved` of a model, where they are not given.
+
+    Where the model's folder has another data set's images, the folder is that of every first run.
+    """
+    if "dataset" not in given:
+        args.dataset = saved["dataset"]
+    if "data_folder" not in given:
+        args.data_folder = saved["data_folder"] if args.dataset == saved["dataset"] else DATA_FOLDER
 
 
 def follow_file(args, given, described, path, free=()):

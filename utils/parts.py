@@ -91,7 +91,7 @@ def main(argv=None):
     args, given = parser.parse_args(argv), parser.given(argv)
     model, device = trained.open_model(args, given)
     check(args)
-    images = open_images(args, device)
+    images = chosen_images(args, device)
     folder = tracking.prepare_folder(args.output_folder, CONTENTS, keep=True)
     figures = survey.watch(model, images, args.batch_size, kept=COLUMNS + max(COLUMNS, args.patches))
     examples = images.examples(args.ablation_images)
@@ -131,7 +131,7 @@ def check(args):
         args.output_folder = os.path.join(os.path.dirname(args.pretrained), "parts")
 
 
-def open_images(args, device):
+def chosen_images(args, device):
     """The batches of the split, or of --images of it."""
     source = open_split(args.dataset, args.data_folder, args.split, args.size)
     if args.images is not None and args.images < len(source):

@@ -38,7 +38,7 @@ def write(args, folder, frozen, classes, results, scores, labels):
     hits, images = (
         torch.bincount(part, minlength=len(classes)) for part in (labels[scores.argmax(1) == labels], labels)
     )
-    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
+    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "images", "correct", "accuracy"])
         for name, right, count in zip(classes, hits.tolist(), images.tolist()):

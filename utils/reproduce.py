@@ -73,7 +73,7 @@ def build_parser():
     what = parser.add_argument_group("what to do")
     what.add_argument("--rows", nargs="+", metavar="NAME",
                       help="only these rows, e.g. recipe-vae recipe-patchy; an unknown name lists all (default: all)")
-    what.add_argument("--seeds", nargs="+", type=console.whole(0), default=[1, 2, 3], metavar="K",
+    what.add_argument("--seeds", nargs="+", type=console.seed, default=[1, 2, 3], metavar="K",
                       help="one training each; three or more tell how far chance reaches (default: 1 2 3)")
     what.add_argument("--ablations", action="store_true",
                       help="another table instead, ablations.md: the recipe's PatchVAE with other numbers of parts, "
@@ -117,8 +117,8 @@ def add_budget(group):
 # ---------------------------------------------------------------------------------------------------- what is done
 
 
-def jobs_of(args, row, seed):
-    """All that has to be done for one row and seed, in this order: a list of Job."""
+def jobs_of(args, row, seed, inner=True):
+    """All that there is to do for one row and seed, in this order, at the `inner` cuts, too: a list of Job."""
     home = runs(args) / f"{row.name}-seed{seed}"
     common = [*data_options(args), "--seed", str(seed)]
 
@@ -130,7 +130,7 @@ def jobs_of(args, row, seed):
         return [job(f"{NONE}-head", classifier, *SUPERVISED, *head_budget(args, args.supervised_epochs))]
     length = ["num_epochs", "img_per_epoch"] + ["batch_size"] * ("--batch-size" not in row.typed)
     todo = [job("training", run, *typed_again(args, length), *row.typed)] if row.kind == "trained" else []
-    for cut in cuts_of(args, row):
+    for cut in cuts_of(row) if inner else [ALL]:
         where = [*encoder_of(row, home), "--freeze", "-1" if cut == ALL else cut]
         epochs = args.head_epochs if cut == ALL else args.tune_epochs
         probes = ["--linear", "--knn", "--label-fraction", f"{args.label_fraction:g}"]
@@ -182,7 +182,7 @@ def main(argv=None):
     device, done, failed = runtime.choose_device(args.no_cuda), 0, []
     args.precision = runtime.choose_precision(args.precision, device)  # typed into all calls: one folder has one
     wanted = [(row, seed) for seed in args.seeds for row in rows if row.name in args.rows]  # every row is soon there
-    work = [jobs_of(args, row, seed) for row, seed in wanted]
+    work = [jobs_of(args, row, seed, inner=not (args.frozen_only or args.ablations)) for row, seed in wanted]
     for job in (job for todo in [*work, *begun(args, rows).values()] for job in todo):
         jobs.check(job)
     if any(jobs.figures_of(job) is None for todo in work for job in todo):
@@ -217,6 +217,23 @@ def main(argv=None):
 
 def report(args, rows):
     """Write what the output folder has by now into it. Returns the content of the JSON file: a dict."""
+    folder = Path(args.output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    table, plot, figures, samples = (folder / name for name in NAMES[args.ablations])
+    with open(folder / ".report.lock", "w") as lock:
+        with contextlib.suppress(OSError):  # not every network's file system can lock
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # other processes report into this folder, too
+        content, strips = gather(args, rows)
+        tracking.write_json(figures, content)
+        grids.save(standings.plot(content), str(plot))
+        if strips:
+            grids.save(grids.stacked(strips), str(samples))
+        checkpoints.write(table, lambda file: file.write(standings.markdown(content).encode()))
+    return content
+
+
+def gather(args, rows):
+    """What the output folder has by now: the content of the JSON file, a dict, and strips_of() it."""
     known = begun(args, rows)
     calls = {key: account(known[key]) for key in sorted(known, key=lambda key: key[1])}  # by seed
     rows = [row for row in rows if row.name in args.rows or any(calls[key] for key in calls if key[0] == row.name)]
@@ -229,22 +246,10 @@ def report(args, rows):
     content = {
         "title": f"Recognition on {images_of(args)} with frozen encoders{', one change at a time' * args.ablations}",
         "frozen": all_frozen(rows), "seeds": sorted({*args.seeds, *(seed for _, seed in calls)}),
-        "columns": columns_of(args, rows), **statistics, "notes": protocol(args, rows, calls), **runtime.record(),
+        "columns": columns_of(rows, scores), **statistics, "notes": protocol(args, rows, calls), **runtime.record(),
         "calls": {f"{name}-seed{seed}": found for (name, seed), found in calls.items() if found},
     }  # fmt: skip
-    folder = Path(args.output_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    table, plot, figures, samples = (folder / name for name in NAMES[args.ablations])
-    strips = strips_of(args, rows, calls)
-    with open(folder / ".report.lock", "w") as lock:
-        with contextlib.suppress(OSError):  # not every network's file system can lock
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # other processes report into this folder, too
-        tracking.write_json(figures, content)
-        grids.save(standings.plot(content), str(plot))
-        if strips:
-            grids.save(grids.stacked(strips), str(samples))
-        checkpoints.write(table, lambda file: file.write(standings.markdown(content).encode()))
-    return content
+    return content, strips_of(args, rows, calls)
 
 
 def strips_of(args, rows, calls):
@@ -289,10 +294,10 @@ def scores_of(calls):
     return scores
 
 
-def columns_of(args, rows):
-    """The columns of the table and their headings: a dict."""
-    found = {cut for row in unsupervised(rows) for cut in cuts_of(args, row)}
+def columns_of(rows, scores):
+    """The columns of the table and their headings: a dict. Those of the inner cuts only where `scores` has one."""
     words = {cut: f"frozen: {cut}" for cut in modules.CUTS} | {ALL: all_frozen(rows)}
+    found = {ALL} | {column.rpartition("-")[0] for row in rows for column in scores[row.name]}
     cuts = [cut for cut in words if cut in found]
     columns = {f"{cut}-{judge}": f"{words[cut]}, {title}" for cut in cuts for judge, title in standings.JUDGES.items()}
     return columns | ({f"{NONE}-head": "nothing frozen"} if len(unsupervised(rows)) < len(rows) else {})
@@ -312,9 +317,9 @@ def protocol(args, rows, calls):
     notes = [
         f"Top-1 in % on the test images of {images_of(args)}; ±: standard deviation over seeds (n − 1); differences "
         "are taken seed by seed.",
-        "Paper's setting: run.py's defaults but for what the commands below say, of which length matters most. Recipe: "
-        f"{shlex.join(RECIPE)}, chosen for PatchVAE on held-out training images of CIFAR-10. The encoder is that of "
-        "the epoch with the lowest loss on test images.",
+        "Paper's setting: run.py's defaults but for what the commands below say, of which length matters most. "
+        f"Recipe, likewise: {shlex.join(RECIPE)}, chosen for PatchVAE on held-out training images of CIFAR-10. The "
+        "encoder is that of the epoch with the lowest loss on test images.",
         "Head: after its last epoch. Linear, kNN: on standardised features, of maps of more than "
         f"{features.LARGEST:,} numbers on averages over coarser cells. Random: BatchNorm keeps its first statistics.",
         f"Made in {hours:.2f} hours of {made['device']}; torch {made['torch']}; commit {made['commit']}.",

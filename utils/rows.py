@@ -156,11 +156,10 @@ def contrasts(rows, ablations):
 # -------------------------------------------------------------------------------------------------- where it is frozen
 
 
-def cuts_of(args, row):
+def cuts_of(row):
     """Where the encoder of `row` is frozen: ALL, which is cheap to judge, and the paper's cuts within it: a list."""
     ends, children = _ends_of(*row.encoder)
-    inner = [] if args.frozen_only or args.ablations else [name for name, end in ends.items() if end < children]
-    return [ALL, *reversed(inner)]
+    return [ALL, *reversed([name for name, end in ends.items() if end < children])]
 
 
 def all_frozen(rows):

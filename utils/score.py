@@ -90,7 +90,7 @@ def parse(argv):
         help="test images that are scored; fewer are faster, and less certain (default: %(default)s)",
     )
     group.add_argument(
-        "--seed", type=console.whole(0), default=1, metavar="K",
+        "--seed", type=console.seed, default=1, metavar="K",
         help="of random weights, k-means and the shuffle (default: %(default)s)",
     )
     group.add_argument("--output-folder", metavar="DIR", help="where scores.json goes (default: the model's folder)")

@@ -1,7 +1,7 @@
 """Drawn images of circles, triangles and squares, with the exact truth about every pixel.
 
-A scene is a pure function of (seed, index) in unit coordinates; it can be drawn at any size. Its first figure is
-the main one: kind `index % kinds`, and by construction clearly the one with the most visible pixels.
+A scene is a pure function of (seed, index) in unit coordinates; it can be drawn at any size. One figure is
+the main one: of kind `index % kinds`, and by construction clearly the one with the most visible pixels.
 """
 
 import colorsys

@@ -43,7 +43,8 @@ class Statistics:
         cells = sums["cell"].shape[1]
         rate = sums["cell"].mean(1)
         deviations, directions = principal(sums["appearance"], sums["spread"])
-        variance = np.maximum((sums["cell_square"] - sums["cell"] ** 2).max(1), deviations.max(1) ** 2)
+        spread = np.einsum("ndd->nd", sums["spread"]) - sums["appearance"] ** 2  # N×d, each latent by itself
+        variance = np.maximum((sums["cell_square"] - sums["cell"] ** 2).max(1), spread.max(1))
         top, images, places = (values.T.cpu().numpy() for values in self.top)
         return {
             "rate": rate, "mean_best": sums["best"], "strongest": sums["strongest"] / cells, "variance": variance,

@@ -43,7 +43,8 @@ def framed(image, centre, size, smallest=SMALLEST):
     picture = _as_tile(image, smallest)
     scale = picture.width / len(image)
     top, left = (_first(middle, size) * scale for middle in centre)
-    box = [left, top, left + size * scale - 1, top + size * scale - 1]
+    reach = max(1, size * scale - 1)  # of a large image's pixel nothing would be left
+    box = [left, top, left + reach, top + reach]
     pen = ImageDraw.Draw(picture)
     pen.rectangle(box, outline=PAPER, width=2)
     pen.rectangle([box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1], outline=INK)  # seen on white, too

@@ -29,6 +29,21 @@ def prepare_folder(folder, contents, overwrite=False, keep=False):
     if not ranks.is_main():
         ranks.wait()
         return folder
+    found = check_folder(folder, contents, overwrite, keep)
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
+    for path in reversed(found):  # what tells that it is a run goes last: a kill in between leaves it a run
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for place in (folder, *(folder / name for name in contents)):
+        for leftover in place.glob(f"*{checkpoints.UNFINISHED}"):
+            leftover.unlink()
+    ranks.wait()
+    return folder
+
+
+def check_folder(folder, contents, overwrite=False, keep=False):
+    """Raises UsageError where prepare_folder() would. Returns what it would remove: a list of paths."""
+    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-folder {folder} is a file; give the name of a folder")
     found = [folder / name for name in contents if os.path.lexists(folder / name) and not keep]
@@ -39,15 +54,7 @@ def prepare_folder(folder, contents, overwrite=False, keep=False):
             f"--output-folder {folder} already holds a run ({found[0].name}); choose another folder, or give "
             "--overwrite to replace that run"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder)
-    for path in reversed(found):  # what tells that it is a run goes last: a kill in between leaves it a run
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for place in (folder, *(folder / name for name in contents)):
-        for leftover in place.glob(f"*{checkpoints.UNFINISHED}"):
-            leftover.unlink()
-    ranks.wait()
-    return folder
+    return found
 
 
 _claims = {}  # open lock files by folder; the system releases a lock with its process, however that ends

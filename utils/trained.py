@@ -24,9 +24,7 @@ def open_model(args, given):
     """
     device = runtime.choose_device(args.no_cuda)
     model, file = load_model(args.pretrained, device)
-    for name in ("dataset", "data_folder"):
-        if name not in given:
-            setattr(args, name, file["args"][name])
+    options.follow_data(args, given, file["args"])
     args.target = file["args"].get("target", "image")  # older files know of no other
     options.follow_file(args, given, file["options"], args.pretrained)
     return model, device
