@@ -76,10 +76,10 @@ class Files:
 
 def _eight_bit(image):
     """A PIL image as it is, or of 16 bits brought to 8. Raises ValueError where nobody knows what white is."""
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
         return Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits; convert it to 8 or 16 bits")
+        raise ValueError(f"pixels of mode {image.mode}, whose white is not known; convert it to 8 or 16 bits")
     return image
 
 
@@ -242,17 +242,22 @@ def _is_ours(folder):
 
 def flat_folder(folder):
     """All images at any depth below `folder`, in the order of their paths, without labels."""
-    paths = []
-    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _is_ours(os.path.join(place, name))]
+    paths, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=_pass_over, followlinks=True):
+        itself = os.stat(place)
+        if (itself.st_dev, itself.st_ino) in seen or place != os.fspath(folder) and _is_ours(place):
+            folders.clear()  # a link led here again, or it is no place for images
+            continue
+        seen.add((itself.st_dev, itself.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths += [os.path.relpath(os.path.join(place, name), folder) for name in names if _is_image(name)]
     if not paths:
         raise RunError(f"{folder}: no images in it; known endings are {' '.join(IMG_EXTENSIONS)}")
     return Files(folder, sorted(paths))
 
 
-def _refuse(error):
-    raise RunError(f"{error.filename}: {error.strerror}; make it readable, or move it away") from None
+def _pass_over(error):
+    print(f"{error.filename}: {error.strerror}; what is in it is left out")
 
 
 def _is_image(path):
@@ -263,14 +268,17 @@ def _is_image(path):
 def held_out(source, split):
     """About a fifth of `source` for the split `test`, the rest for the others; the same whatever --seed is.
 
-    Each image has a lot of its own, so that it stays where it is when others come or go.
+    Each image has a lot of its own, so that it stays where it is when others come or go. Where all of a class would be
+    held out, one is not; where nothing would be, one is.
     """
     lots = source.lots()
     chosen = lots < HELD_OUT
     labels = np.zeros(len(source), int) if source.labels is None else source.labels
     for members in (np.flatnonzero(labels == label) for label in np.unique(labels)):
-        chosen[members[lots[members].argmin()]] = True  # something of every class to test on
-        chosen[members[lots[members].argmax()]] = False  # and before that to train on
+        if chosen[members].all():
+            chosen[members[lots[members].argmax()]] = False
+    if len(source) > 1 and not chosen.any():
+        chosen[lots.argmin()] = True
     if not chosen.any():
         raise RunError(f"{getattr(source, 'root', 'the data set')}: one image is too few; two or more are needed")
     if split == "test":

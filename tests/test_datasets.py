@@ -85,18 +85,25 @@ def test_miniimagenet_holds_out_a_fifth(tmp_path):
 
 
 @pytest.mark.parametrize("images", [2, 3, 5])
-def test_every_class_is_trained_on_and_tested(tmp_path, images):
-    paint_classes(tmp_path / "train", classes="abcdefgh", images=images, side=(4, 4))
+def test_every_class_is_trained_on(tmp_path, images):
+    paint_classes(tmp_path / "train", classes="abcdefghijklmnopqrstuvwxyz", images=images, side=(4, 4))
     train, test = (open_split("miniimagenet", tmp_path, split, 32) for split in ("train", "test"))
-    assert set(train.labels) == set(test.labels) == set(range(8))
+    assert set(train.labels) == set(range(26)) and len(test) == pytest.approx(26 * images / 5, abs=8)
 
 
-def test_what_is_held_out_stays_so_when_images_come_and_go(tmp_path):
-    paint_classes(tmp_path, images=50, side=(4, 4))
+def test_two_images_are_enough_whatever_their_classes(tmp_path):
+    paint_classes(tmp_path, images=1)
+    assert sizes("folder", tmp_path) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("classes, images", [(2, 50), (26, 5)])
+def test_what_is_held_out_stays_so_when_images_come_and_go(tmp_path, classes, images):
+    names = "abcdefghijklmnopqrstuvwxyz"[:classes]
+    paint_classes(tmp_path, names, images, side=(4, 4))
     before = [set(open_split("folder", tmp_path, split, 32).paths) for split in ("train", "test")]
-    for name in ("ant/7.jpg", "bee/0.jpg"):
-        (tmp_path / name).unlink()
-    paint(tmp_path / "ant" / "new.jpg")
+    for name in names:
+        (tmp_path / name / "1.jpg").unlink()
+        paint(tmp_path / name / "new.jpg", side=(4, 4))
     after = [set(open_split("folder", tmp_path, split, 32).paths) for split in ("train", "test")]
     assert not before[0] & after[1] and not before[1] & after[0]
 
@@ -118,13 +125,15 @@ def test_pixels_of_16_bits_keep_their_shades_and_of_32_are_refused(tmp_path):
     ramp = np.linspace(0, 65535, 256 * 4).reshape(4, 256)
     Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "a.png")
     Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "b.tif")
-    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "c.tif")
+    header = b"P5 256 4 65535\n"
+    (tmp_path / "c.pgm").write_bytes(header + ramp.astype(">u2").tobytes())
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "d.tif")
     found = datasets.flat_folder(tmp_path)
-    for number in (0, 1):
+    for number in (0, 1, 2):
         shades = np.asarray(found.image(number))[..., 0]
         assert np.abs(shades - ramp / 257).max() <= 0.51
-    with pytest.raises(RunError, match="c.tif.*32 bits"):
-        found.image(2)
+    with pytest.raises(RunError, match="d.tif.*mode F"):
+        found.image(3)
 
 
 def test_folder_takes_every_usual_layout(tmp_path, class_folder):
@@ -155,6 +164,7 @@ def test_what_is_hidden_or_ours_is_no_image(tmp_path, class_folder):
 def test_images_behind_links_are_found(tmp_path, class_folder):
     paint(tmp_path / "0.jpg")
     (tmp_path / "more").symlink_to(class_folder)
+    (tmp_path / "again").symlink_to(tmp_path)
     assert sum(sizes("folder", tmp_path)[1:]) == 13
 
 

@@ -125,6 +125,8 @@ def test_a_lost_model_matters_to_those_alone_who_need_it(finished, tmp_path, cal
     (home / "model.pt").unlink()
     again = reproduce.main(command(tmp_path))
     assert calls == [] and again["rows"] == finished[1]["rows"]
+    status, line = line_of_error(reproduce.main, command(tmp_path, "--head-epochs", "9", "--rows", "paper-patchy"))
+    assert status == 2 and "--epochs 2, not 9" in line
     shutil.rmtree(home / "all-head")
     status, line = line_of_error(reproduce.main, command(tmp_path))
     assert status == 1 and "1 of 2 models" in line and "model.pt" in line

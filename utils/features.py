@@ -119,7 +119,7 @@ def _fit(probe, strength, x, labels):
     with warnings.catch_warnings():
         # An early stop regularises too, and the held-out tenth judges it like any other setting.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.simplefilter("ignore", UserWarning)  # that few images a class look like regression
+        warnings.filterwarnings("ignore", "The number of unique classes")  # few images a class look like regression
         probe.set_params(C=strength).fit(x, labels)
 
 

@@ -165,7 +165,7 @@ def begun(args, rows):
     by_name = {row.name: row for row in rows}
     parted = [path.name.rpartition("-seed") for path in sorted(runs(args).glob("*-seed*"))]
     found = [(name, int(seed)) for name, _, seed in parted if name in by_name and seed.isdecimal()]
-    return {(name, seed): jobs_of(args, by_name[name], seed) for name, seed in found}
+    return {(name, seed): jobs_of(args, by_name[name], seed, inner=not args.ablations) for name, seed in found}
 
 
 def check_labels(args):
