@@ -427,6 +427,11 @@ def test_readme_shows_the_figures_on_record():
         assert score["mean"] == pytest.approx(np.mean(list(score["seeds"].values())))
         for seed, value in score["seeds"].items():
             assert content["calls"][f"{row['name']}-seed{seed}"][column]["last"]["top1"] == value
+    (longer,) = json.loads((ROOT / "imgs" / "longer.json").read_text())["rows"]
+    shorter = next(row for row in content["rows"] if row["name"] == longer["name"])
+    for found in (longer, shorter):
+        scores = " / ".join(f"{found['scores'][column]['seeds']['1']:.1f}" for column in standings.FROZEN)
+        assert any(scores in line for line in shown)
 
 
 def test_readme_shows_the_ablations_on_record():
