@@ -7,16 +7,13 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, paint, paint_classes
+from conftest import paint, paint_classes
 
 import datasets
 from datasets import Files, open_split
@@ -323,19 +320,20 @@ def test_processes_may_leave_out_the_broken_at_the_same_time(tmp_path):
     """Each of them lists the broken images in the same file."""
     paint_classes(tmp_path / "images", images=60, side=(8, 8))
     (tmp_path / "images" / "ant" / "7.jpg").write_bytes(b"no image")
-    program = """
-        import os, sys, time, torch, datasets
-        from utils import batches
-        source = datasets.labelled_folder(sys.argv[1] + "/images")
-        open(f"{sys.argv[1]}/ready-{os.getpid()}", "w").close()
-        while sum(name.startswith("ready") for name in os.listdir(sys.argv[1])) < 4:
-            time.sleep(0.001)
+    source, start = datasets.labelled_folder(tmp_path / "images"), fork.Barrier(4)
+    is_broken = source.paths == b"ant/7.jpg"
+
+    def list_often():
+        start.wait()
         for _ in range(20):
-            batches._list_broken(source, source.lots() == source.lots()[7], sys.argv[1] + "/cache/x.skipped.txt")
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
-    running = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in range(4)]
-    assert [process.communicate(timeout=100)[1] for process in running] == [b""] * 4
+            batches._list_broken(source, is_broken, str(tmp_path / "cache" / "x.skipped.txt"))
+
+    processes = [fork.Process(target=list_often) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert is_broken.sum() == 1 and [process.exitcode for process in processes] == [0] * 4
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["x.skipped.txt"]
 
 
