@@ -200,11 +200,11 @@ def main(argv=None):
     args.precision = runtime.choose_precision(args.precision, device)  # kept: a resumed run must not change it
     sources = labelled_sources(args)
     classes = sources[0].classes
-    *train, test = options.open_batches(args, sources[1:] if args.evaluate else sources, device)
+    *train, test = opened = options.open_batches(args, sources[1:] if args.evaluate else sources, device)
     torch.manual_seed(args.seed)
     model = runtime.channels_last(build_model(args, len(classes)).to(device))
-    images = "".join(f"{len(batches):,} training and " for batches in train) + f"{len(test):,} test images"
-    print(f"{args.dataset}: {images} of {len(classes)} classes, {args.size} px, {runtime.describe(device)}")
+    images = f"{options.count_images(opened)} of {len(classes)} classes"
+    print(f"{args.dataset}: {images}, {args.size} px, {runtime.describe(device)}")
     if checkpoint:
         check_classes(checkpoint, classes)
         model.load_state_dict(checkpoint["model"])

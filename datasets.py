@@ -102,8 +102,11 @@ class Arrays:
         return len(self.pixels)
 
     def lots(self):
-        """A number from 0 to 1 for each image, drawn once and for all: N floats."""
-        return np.random.default_rng(0).random(len(self))
+        """A number from 0 to 1 for each image, of every class evenly spread, drawn once and for all: N floats."""
+        order, lots = np.random.default_rng(0).permutation(len(self)), np.empty(len(self))
+        order = order[np.argsort(self.labels[order], kind="stable")]  # class by class
+        lots[order] = (np.arange(len(self)) - 1) % 5 / 5
+        return lots
 
     def image(self, index):
         return Image.fromarray(self.pixels[index])
@@ -232,12 +235,13 @@ class _ClassFolder(torchvision.datasets.ImageFolder):
 
 
 def _is_class(entry):
-    return entry.is_dir() and not entry.name.startswith(".") and not _is_ours(entry.path)
+    return entry.is_dir() and _is_open(entry.path)
 
 
-def _is_ours(folder):
-    """Whether a run wrote the folder: its pictures are no images to learn from."""
-    return any(os.path.exists(os.path.join(folder, name)) for name in OURS)
+def _is_open(folder):
+    """Whether a folder's images are to learn from: it is not hidden, as our own CACHE_FOLDER, and no run wrote it."""
+    is_ours = any(os.path.exists(os.path.join(folder, name)) for name in OURS)
+    return not os.path.basename(folder).startswith(".") and not is_ours
 
 
 def flat_folder(folder):
@@ -245,11 +249,11 @@ def flat_folder(folder):
     paths, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=_pass_over, followlinks=True):
         itself = os.stat(place)
-        if (itself.st_dev, itself.st_ino) in seen or place != os.fspath(folder) and _is_ours(place):
-            folders.clear()  # a link led here again, or it is no place for images
+        if (itself.st_dev, itself.st_ino) in seen:
+            folders.clear()  # a link led here again
             continue
         seen.add((itself.st_dev, itself.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if _is_open(os.path.join(place, name)))
         paths += [os.path.relpath(os.path.join(place, name), folder) for name in names if _is_image(name)]
     if not paths:
         raise RunError(f"{folder}: no images in it; known endings are {' '.join(IMG_EXTENSIONS)}")
@@ -271,16 +275,16 @@ def held_out(source, split):
     Each image has a lot of its own, so that it stays where it is when others come or go. Where all of a class would be
     held out, one is not; where nothing would be, one is.
     """
+    if len(source) < 2:
+        raise RunError(f"{getattr(source, 'root', 'the data set')}: one image is too few; two or more are needed")
     lots = source.lots()
     chosen = lots < HELD_OUT
     labels = np.zeros(len(source), int) if source.labels is None else source.labels
     for members in (np.flatnonzero(labels == label) for label in np.unique(labels)):
         if chosen[members].all():
             chosen[members[lots[members].argmax()]] = False
-    if len(source) > 1 and not chosen.any():
-        chosen[lots.argmin()] = True
     if not chosen.any():
-        raise RunError(f"{getattr(source, 'root', 'the data set')}: one image is too few; two or more are needed")
+        chosen[lots.argmin()] = True
     if split == "test":
         return source.subset(np.flatnonzero(chosen), "held-out")
     return source.subset(np.flatnonzero(~chosen), "rest")

@@ -191,15 +191,14 @@ def main(argv=None):
     args.precision = runtime.choose_precision(args.precision, device)  # kept: a resumed run must not change it
     with ranks.main_first():
         sources = [open_split(args.dataset, args.data_folder, split, args.size) for split in splits]
-    *train, test = options.open_batches(args, sources, device)
+    *train, test = opened = options.open_batches(args, sources, device)
     described = options.describe_model(args)
     torch.manual_seed(args.seed)
     model = runtime.channels_last(modules.build_model(described).to(device))
     if file or checkpoint:
         model.load_state_dict((file or checkpoint)["model"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    images = "".join(f"{len(batches):,} training and " for batches in train) + f"{len(test):,} test images"
-    print(f"{args.dataset}: {images}, {args.size} px, {runtime.describe(device)}")
+    print(f"{args.dataset}: {options.count_images(opened)}, {args.size} px, {runtime.describe(device)}")
     print(f"{args.arch}: {parameters:,} parameters, encoder {args.encoder_arch}, {bottleneck(args)}")
     if args.evaluate:
         return evaluate_only(args, model, test)

@@ -78,9 +78,16 @@ def matrix(values):
 def stacked(pictures):
     """PIL images one below the other, from the left border: PIL image."""
     sheet = Image.new("RGB", (max(one.width for one in pictures), sum(one.height for one in pictures)), PAPER)
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (0, sum(one.height for one in pictures[:number])))
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
     return sheet
+
+
+def spelt(text):
+    """`text` in letters that Pillow's font has."""
+    return text.replace("β", "beta")
 
 
 def titled(picture, lines):

@@ -170,6 +170,12 @@ def open_batches(args, sources, device):
     return [batches.Batches(source, *common) for source in sources]
 
 
+def count_images(opened):
+    """How many images the Batches `opened` have, of training and of test or of test alone, in words."""
+    parts = ("training", "test")[-len(opened) :]
+    return " and ".join(f"{len(batches):,} {part}" for batches, part in zip(opened, parts)) + " images"
+
+
 def describe_model(args):
     """What rebuilds the model: the dict of plain values that modules.build_model takes and a model file carries."""
     channels = DATA_SETS[args.dataset].channels

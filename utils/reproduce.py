@@ -260,8 +260,7 @@ def strips_of(args, rows, calls):
         pictures = [*(runs(args) / f"{row.name}-seed{seeds[0]}" / "images").glob("samples_*.png")] if seeds else []
         if pictures:
             last = max(pictures, key=lambda path: (len(path.name), path.name))
-            words = f"{row.group}: {row.words}".replace("β", "beta")  # Pillow's font has no β
-            strips.append(grids.titled(Image.open(last), [words]))
+            strips.append(grids.titled(Image.open(last), [grids.spelt(f"{row.group}: {row.words}")]))
     return strips
 
 

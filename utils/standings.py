@@ -8,7 +8,7 @@ import math
 import statistics
 
 from utils.canvas import Canvas
-from utils.grids import INK, PAPER
+from utils.grids import INK, PAPER, spelt
 
 JUDGES = {"head": "head", "linear": "linear", "knn": "kNN"}
 FROZEN = [f"all-{judge}" for judge in JUDGES]  # the columns of encoders that are frozen as a whole
@@ -131,7 +131,7 @@ def plot(content):
     for words, y in headings:
         sheet.text(12, y, words, 11.5, FADED, anchor=0)
     for row, y in lines:
-        sheet.text(24, y, row["words"].replace("β", "beta"), 12.5, INK, anchor=0)  # Pillow's font has no β
+        sheet.text(24, y, spelt(row["words"]), 12.5, INK, anchor=0)
     below = ["dot: one seed    bar: mean    line: ± standard deviation    dashed: the same encoder with random weights"]
     for row in content["rows"]:
         if row not in shown:
