@@ -85,6 +85,22 @@ with loop.Keeper(None, None, None, None):
 """
 
 
+def test_tensorboard_reads_the_attempts_in_their_order_however_soon_they_follow(tmp_path, monkeypatch):
+    """The number of a process may sort before that of an earlier one."""
+    for process, step in ((9, 0), (10, 2), (11, 4)):
+        monkeypatch.setattr(os, "getpid", lambda: process)
+        with tracking.Tracker(tmp_path, step=step) as tracker:
+            for later in (1, 2, 3):
+                tracker.scalars(step + later, {"loss": process})
+    board = EventAccumulator(str(tmp_path / "logs"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [
+        *((step, 9) for step in (1, 2)),
+        *((step, 10) for step in (3, 4)),
+        *((step, 11) for step in (5, 6, 7)),
+    ]
+
+
 def test_a_second_signal_does_not_wait_for_the_step():
     command = [sys.executable, "-c", LONG_STEP, str(ROOT)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

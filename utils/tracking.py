@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,7 @@ class Tracker:
         if step:
             _drop_later_lines(self.folder / lines, step, owes_test)
         self.lines = open(self.folder / lines, "a", encoding="utf-8")
+        _let_the_clock_pass(self.folder / logs)
         self.board = SummaryWriter(self.folder / logs, purge_step=step + 1 if step else None)
 
     def __enter__(self):
@@ -210,6 +212,16 @@ class Tracker:
             self.board.file_writer.add_summary(summary)
         for name, value in result.items():
             self.board.add_scalar(name, value)
+
+
+def _let_the_clock_pass(logs):
+    """Wait, for a second at most, until a new event file's name will sort behind those in the folder `logs`.
+
+    TensorBoard reads the files in the order of their names, which hold whole seconds and then the process's number. In
+    another order than they were written, it would drop a resumed run's figures for the older ones.
+    """
+    while any(logs.glob(f"events.out.tfevents.{int(time.time())}.*")):
+        time.sleep(0.01)
 
 
 def _drop_later_lines(path, step, owes_test):
