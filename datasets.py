@@ -240,8 +240,8 @@ def _is_class(entry):
 
 def _is_open(folder):
     """Whether a folder's images are to learn from: it is not hidden, as our own CACHE_FOLDER, and no run wrote it."""
-    is_ours = any(os.path.exists(os.path.join(folder, name)) for name in OURS)
-    return not os.path.basename(folder).startswith(".") and not is_ours
+    is_hidden = os.path.basename(folder).startswith(".")
+    return not is_hidden and not any(os.path.exists(os.path.join(folder, name)) for name in OURS)
 
 
 def flat_folder(folder):
@@ -280,9 +280,9 @@ def held_out(source, split):
     lots = source.lots()
     chosen = lots < HELD_OUT
     labels = np.zeros(len(source), int) if source.labels is None else source.labels
-    for members in (np.flatnonzero(labels == label) for label in np.unique(labels)):
-        if chosen[members].all():
-            chosen[members[lots[members].argmax()]] = False
+    for label in np.setdiff1d(labels, labels[~chosen]):  # all of it would be held out
+        members = np.flatnonzero(labels == label)
+        chosen[members[lots[members].argmax()]] = False
     if not chosen.any():
         chosen[lots.argmin()] = True
     if split == "test":

@@ -75,16 +75,6 @@ def test_a_signal_loses_no_step_and_the_resumed_run_is_bitwise_the_same(number, 
     assert_same(tmp_path, uninterrupted)
 
 
-LONG_STEP = """
-import hashlib, sys
-sys.path.insert(0, sys.argv[1])
-from utils import loop
-with loop.Keeper(None, None, None, None):
-    print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in one call, in which Python runs no handler
-"""
-
-
 def test_tensorboard_reads_the_attempts_in_their_order_however_soon_they_follow(tmp_path, monkeypatch):
     """The number of a process may sort before that of an earlier one."""
     for process, step in ((9, 0), (10, 2), (11, 4)):
@@ -99,6 +89,16 @@ def test_tensorboard_reads_the_attempts_in_their_order_however_soon_they_follow(
         *((step, 10) for step in (3, 4)),
         *((step, 11) for step in (5, 6, 7)),
     ]
+
+
+LONG_STEP = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+from utils import loop
+with loop.Keeper(None, None, None, None):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in one call, in which Python runs no handler
+"""
 
 
 def test_a_second_signal_does_not_wait_for_the_step():

@@ -66,7 +66,7 @@ def check(job):
         raise
     except RunError:  # its encoder's model.pt is lost: who needs it will hear of that, and what was typed is known
         typed = vars(job.script.build_parser().parse_args(job.argv))
-        wanted = {name: typed[name] for name in saved["typed"]}
+        wanted = {name: value for name, value in typed.items() if name in saved["typed"]}
     saved = {**defaults, **saved, **saved["typed"]}
     free = {*job.script.FREE, *options.NEVER_SAVED, "typed", "pretrained"} - {"num_epochs", "epochs"}
     names = [name for name in saved if name in wanted and name not in free and saved[name] != wanted[name]]
