@@ -52,6 +52,12 @@ def kl_categorical(logits, prior):
     return (log_q.exp() * (log_q - math.log(prior))).flatten(1).sum(1)
 
 
+def clamp_log_variance(log_variance):
+    """The logarithms of variances, kept within VARIANCE_RANGE."""
+    low, high = (math.log(bound) for bound in VARIANCE_RANGE)
+    return log_variance.clamp(low, high)
+
+
 def sample_normal(mean, log_variance):
     """A reparameterised draw from N(mean, exp(log_variance)), of their shape."""
     return mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
@@ -74,8 +80,8 @@ def straight_through(value, gradient_of):
 
 
 def temperature_at(step, start=1.0, anneal=3e-5, minimum=0.1):
-    """The temperature of optimiser step 1, 2, …: at steps 1, 1001, 2001, … it shrinks by exp(-anneal * step)."""
-    times = (step - 1) // 1000 + 1
+    """The temperature of optimiser step 1, 2, …: after steps 1, 1001, 2001, … it shrinks by exp(-anneal * step)."""
+    times = (step - 2) // 1000 + 1  # how often it has shrunk before this step
     sum_of_steps = 500 * times * (times - 1) + times  # 1 + 1001 + 2001 + …
     return max(minimum, start * math.exp(-anneal * sum_of_steps))
 
@@ -187,12 +193,22 @@ def build_encoder(encoder_arch, channels, scale, ngf=64):
         children = list(torchvision.models.get_model(name, weights=None).named_children())
         encoder = nn.Sequential(OrderedDict(children[: 4 + stages - 1]))  # conv1, bn1, relu, maxpool, layer1, …
         encoder.conv1 = with_channels(encoder.conv1, channels)
-    convolutions = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
-    for convolution in convolutions:
-        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-        if convolution.bias is not None:
-            nn.init.zeros_(convolution.bias)
-    return encoder, convolutions[-1].out_channels
+    features = [module.out_channels for module in encoder.modules() if isinstance(module, nn.Conv2d)][-1]
+    return initialise(encoder), features
+
+
+def initialise(network):
+    """The same network, its convolutions (not the transposed ones) with fresh weights as the authors have them.
+
+    The heads need this as much as the encoder: with torch's smaller weights every part occurs everywhere with nearly
+    the same probability at first, and fades into its prior. Source: He et al., "Delving Deep into Rectifiers" (2015).
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network
 
 
 class AlexNetTrunk(nn.Sequential):
@@ -212,9 +228,13 @@ def _halving(arch):
 
 
 def pyramid_encoder(channels, ngf, stages, **geometry):
-    """`stages` halvings by convolutions of one `geometry`, ngf channels after the first, doubling with each."""
-    widths = [channels] + [ngf * 2**k for k in range(stages)]
-    blocks = [
+    """`stages` halvings by convolutions of one `geometry`, ngf channels after the first, doubling with each.
+
+    All but the first are followed by BatchNorm.
+    """
+    widths = [ngf * 2**k for k in range(stages)]
+    blocks = [nn.Sequential(nn.Conv2d(channels, ngf, bias=False, **geometry), nn.LeakyReLU(0.2))]
+    blocks += [
         nn.Sequential(nn.Conv2d(a, b, bias=False, **geometry), nn.BatchNorm2d(b), nn.LeakyReLU(0.2))
         for a, b in zip(widths, widths[1:])
     ]
@@ -281,13 +301,14 @@ class AppearanceHead(nn.Module):
     def forward(self, f, occurrence):
         """f: B×D×h×w, Q^O: B×N×h×w -> mean and log-variance: B×N×d each.
 
-        Both are averages over the cells, weighted by Q^O; no gradient enters Q^O through these weights.
+        Mean and variance are averages over the cells, weighted by Q^O; no gradient enters Q^O through these weights.
         """
         weights = occurrence.detach().flatten(2)  # B×N×l, l = h·w
-        weights = weights / weights.sum(dim=2, keepdim=True).clamp_min(1e-20)
-        mean, log_variance = (self._pool(plain(head(f)), weights) for head in (self.mean, self.log_variance))
-        low, high = (math.log(bound) for bound in VARIANCE_RANGE)
-        return mean, log_variance.clamp(low, high)
+        weights = weights / (weights.sum(dim=2, keepdim=True) + 1e-7)
+        mean = self._pool(plain(self.mean(f)), weights)
+        variance = self._pool(clamp_log_variance(plain(self.log_variance(f))).exp(), weights)
+        # A part that occurs nowhere has hardly any weight: its variance must not become 0.
+        return mean, variance.clamp_min(VARIANCE_RANGE[0]).log()
 
     def _pool(self, cells, weights):
         cells = cells.flatten(2).unflatten(1, (self.parts, -1))  # B×N×d×l
@@ -413,9 +434,9 @@ class BetaVAE(nn.Module):
     def encode(self, x):
         """x: B×C×H×W -> Posterior with mean and log-variance of B×1×(N·d)."""
         squeezed = self.squeeze(self.encoder(x))  # B×ngf×h×w
-        low, high = (math.log(bound) for bound in VARIANCE_RANGE)
-        mean, log_variance = plain(self.mean(squeezed)), plain(self.log_variance(squeezed))  # B×(N·d)×1×1
-        return Posterior(mean.flatten(1)[:, None], log_variance.clamp(low, high).flatten(1)[:, None])
+        mean = plain(self.mean(squeezed))  # B×(N·d)×1×1
+        log_variance = clamp_log_variance(plain(self.log_variance(squeezed)))
+        return Posterior(mean.flatten(1)[:, None], log_variance.flatten(1)[:, None])
 
     def latents(self, posterior, temperature=1.0):
         """z: B×1×(N·d), drawn from the posterior in training mode, its mean in evaluation mode."""
@@ -443,9 +464,9 @@ def build_model(options):
     pixels = o["channels"], o["scale"], o["mean"], o["std"]
     decoder = PyramidDecoder(inputs, *pixels, o["ngf"], groups, o["decoder_arch"])
     if o["arch"] == "vae":
-        return BetaVAE(encoder, features, decoder, latent_size, grid, o["ngf"])
+        return initialise(BetaVAE(encoder, features, decoder, latent_size, grid, o["ngf"]))
     parts = o["num_parts"], o["hidden_size"], grid, o["py"], o["categorical"], o["hard"]
-    return PatchVAE(encoder, features, decoder, *parts, kernel=1 if o["encoder_arch"] == "patches" else 3)
+    return initialise(PatchVAE(encoder, features, decoder, *parts, kernel=1 if o["encoder_arch"] == "patches" else 3))
 
 
 # ---------------------------------------------------------------------------------------------------- recognition
@@ -472,6 +493,10 @@ class Classifier(nn.Module):
         first = [nn.BatchNorm1d(feature_size, affine=False)] if standardise else []
         layers = nn.Dropout(), nn.Linear(feature_size, 512), nn.ReLU(), nn.Linear(512, classes)
         self.head = nn.Sequential(*first, *layers)
+        for layer in self.head:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.01)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x):
         """x: B×C×H×W normalised pixels -> logits: B×classes."""

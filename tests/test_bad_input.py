@@ -19,6 +19,7 @@ def place(tmp_path_factory, finished):
     shutil.copytree(finished[0], place / "finished")
     content = checkpoints.load(place / "finished/model.pt", checkpoints.MODEL)
     torch.save({**content, "kind": "another"}, place / "other.pt")
+    torch.save({**content, "kind": "patchvae-model"}, place / "older.pt")
     torch.save(torch.zeros(3), place / "tensor.pt")
     (place / "garbage.pt").write_bytes(b"no archive at all")
     whole = (place / "finished/model.pt").read_bytes()
@@ -84,6 +85,7 @@ BAD_INPUT = [
     ("--pretrained {place}/garbage.pt", 1, ["garbage.pt", "damaged"]),
     ("--pretrained {place}/cut.pt", 1, ["cut.pt", "damaged"]),
     ("--pretrained {place}/other.pt", 1, ["other.pt", "expected a model.pt of run.py"]),
+    ("--pretrained {place}/older.pt", 1, ["older.pt", "earlier version", "train it again"]),
     ("--pretrained {place}/tensor.pt", 1, ["tensor.pt", "expected a model.pt of run.py"]),
     ("--pretrained {place}/finished/model.pt --num-parts 5 --hard", 2, ["--num-parts 5 (file: 16)", "--hard"]),
     ("--dataset shapes --pretrained {place}/finished/model.pt", 1, ["channels", "--dataset shapes"]),

@@ -125,8 +125,10 @@ def test_loss_terms_are_sums_and_add_up():
     torch.testing.assert_close(edges, expected)
 
 
-@pytest.mark.parametrize("step, times", [(1, [1]), (1000, [1]), (1001, [1, 1001]), (12001, range(1, 12002, 1000))])
-def test_temperature_schedule(step, times):
+@pytest.mark.parametrize(
+    "step, times", [(1, []), (2, [1]), (1001, [1]), (1002, [1, 1001]), (12002, range(1, 12002, 1000))]
+)
+def test_temperature_shrinks_after_the_steps_1_1001_2001(step, times):
     expected = 1.0
     for moment in times:
         expected *= math.exp(-3e-5 * moment)

@@ -10,7 +10,8 @@ import torch
 
 from utils.console import RunError
 
-MODEL, TRAINING, CLASSIFIER = "patchvae-model", "patchvae-training", "patchvae-classifier"  # what files say they are
+# What files say they are. The number grows where a new version would compute something else from an old file.
+MODEL, TRAINING, CLASSIFIER = "patchvae-model-2", "patchvae-training-2", "patchvae-classifier-2"
 WORDS = {
     MODEL: "a model.pt of run.py",
     TRAINING: "a training checkpoint of run.py",
@@ -100,6 +101,11 @@ def load(path, kind):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path}: not a file that this program wrote, or damaged ({reason})") from None
     found = content.get("kind") if isinstance(content, dict) else None
+    if f"{found}-2" == kind:
+        raise RunError(
+            f"{path}: written by an earlier version, whose model was another (the variance of the appearance, the "
+            "first layer of pyramid); train it again"
+        )
     if found != kind:
         what = WORDS.get(str(found), "something else")
         raise RunError(f"{path}: expected {WORDS[kind]}, found {what}; give another file")
