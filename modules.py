@@ -252,7 +252,7 @@ class OccurrenceHead(nn.Module):
 
     def __init__(self, features, parts, prior, categorical=False, hard=False, kernel=3):
         super().__init__()
-        self.convolution = nn.Conv2d(features, parts, kernel, padding=kernel // 2)
+        self.convolution = initialise(nn.Conv2d(features, parts, kernel, padding=kernel // 2))
         self.prior, self.categorical, self.hard = prior, categorical, hard
 
     def forward(self, f):
@@ -294,8 +294,8 @@ class AppearanceHead(nn.Module):
 
     def __init__(self, features, parts, size, kernel=3):
         super().__init__()
-        self.mean = nn.Conv2d(features, parts * size, kernel, padding=kernel // 2)
-        self.log_variance = nn.Conv2d(features, parts * size, kernel, padding=kernel // 2)
+        self.mean = initialise(nn.Conv2d(features, parts * size, kernel, padding=kernel // 2))
+        self.log_variance = initialise(nn.Conv2d(features, parts * size, kernel, padding=kernel // 2))
         self.parts = parts
 
     def forward(self, f, occurrence):
@@ -418,9 +418,10 @@ class BetaVAE(nn.Module):
     def __init__(self, encoder, features, decoder, latent_size, grid, ngf=64):
         super().__init__()
         self.encoder = encoder
-        self.squeeze = nn.Sequential(nn.Conv2d(features, ngf, 1, bias=False), nn.BatchNorm2d(ngf), nn.ReLU())
-        self.mean = nn.Conv2d(ngf, latent_size, grid)
-        self.log_variance = nn.Conv2d(ngf, latent_size, grid)
+        squeeze = initialise(nn.Conv2d(features, ngf, 1, bias=False))
+        self.squeeze = nn.Sequential(squeeze, nn.BatchNorm2d(ngf), nn.ReLU())
+        self.mean = initialise(nn.Conv2d(ngf, latent_size, grid))
+        self.log_variance = initialise(nn.Conv2d(ngf, latent_size, grid))
         self.spread = _up(latent_size, ngf, groups=1, kernel_size=grid)
         self.decoder = decoder
         self.latent_size = latent_size
@@ -464,9 +465,9 @@ def build_model(options):
     pixels = o["channels"], o["scale"], o["mean"], o["std"]
     decoder = PyramidDecoder(inputs, *pixels, o["ngf"], groups, o["decoder_arch"])
     if o["arch"] == "vae":
-        return initialise(BetaVAE(encoder, features, decoder, latent_size, grid, o["ngf"]))
+        return BetaVAE(encoder, features, decoder, latent_size, grid, o["ngf"])
     parts = o["num_parts"], o["hidden_size"], grid, o["py"], o["categorical"], o["hard"]
-    return initialise(PatchVAE(encoder, features, decoder, *parts, kernel=1 if o["encoder_arch"] == "patches" else 3))
+    return PatchVAE(encoder, features, decoder, *parts, kernel=1 if o["encoder_arch"] == "patches" else 3)
 
 
 # ---------------------------------------------------------------------------------------------------- recognition

@@ -186,15 +186,23 @@ def test_pooled_appearance_is_the_weighted_mean_of_the_cells():
     head = modules.AppearanceHead(features=5, parts=3, size=2)
     f, occurrence = torch.randn(2, 5, 4, 4), torch.rand(2, 3, 4, 4)
     mean, log_variance = head(f, occurrence)
-    cells, log_cells = head.mean(f), head.log_variance(f)
+    cells, variances = head.mean(f), head.log_variance(f).exp().clamp(1e-7, 1e7)
     for image in range(2):
         for part in range(3):
             weight = occurrence[image, part] / occurrence[image, part].sum()
             for k in range(2):
                 expected = (weight * cells[image, 2 * part + k]).sum()
                 torch.testing.assert_close(mean[image, part, k], expected)
-                expected = (weight * log_cells[image, 2 * part + k]).sum()
-                torch.testing.assert_close(log_variance[image, part, k], expected)
+                expected = (weight * variances[image, 2 * part + k]).sum()
+                torch.testing.assert_close(log_variance[image, part, k].exp(), expected)
+
+
+@pytest.mark.parametrize("logit", [-200.0, 200.0])
+def test_a_part_that_occurs_nowhere_or_everywhere_has_finite_appearance_and_gradients(logit):
+    head = modules.AppearanceHead(features=5, parts=3, size=2)
+    mean, log_variance = head(1e3 * torch.randn(2, 5, 4, 4), torch.full((2, 3, 4, 4), logit).sigmoid())
+    modules.kl_normal(mean, log_variance).sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
 
 
 def test_pooling_sends_no_gradient_into_occurrence():
