@@ -1,9 +1,11 @@
 """What the tests share: the import path, small folders of images, and calling the scripts as a user does."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -44,17 +46,32 @@ def call(script, *options, cwd=None, env=None, timeout=240):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=env, timeout=timeout)
 
 
+def events(folder, kind=None, name="metrics.jsonl"):
+    """The run's JSON lines, of one `kind` of event or all, without what time alone decides."""
+    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines
+            if kind in (None, line["event"])]
+
+
+def wait_for(process, folder, text):
+    """Wait until metrics.jsonl in `folder` holds `text`; the process has to live so long."""
+    path = folder / "metrics.jsonl"
+    while not (path.exists() and text in path.read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
 @pytest.fixture
 def line_of_error(capsys, monkeypatch):
     """A function that calls a script's main(argv), which has to fail in one line: its exit status and that line."""
-    from utils import console
+    from utils import runtime
 
     def line_of_error(main, argv):
         monkeypatch.setattr(sys, "argv", ["script.py"])
         with pytest.raises(SystemExit) as left:
-            console.run(lambda: main(argv))
+            runtime.start(lambda: main(argv))
         line = capsys.readouterr().err
-        assert line.startswith("script.py: error: ") and line.endswith("\n") and line.count("\n") == 1
+        assert line.startswith("script.py: error: ") and line.endswith("\n") and line.count("\n") == 1, line
         return left.value.code, line
 
     return line_of_error
