@@ -126,21 +126,23 @@ def find_run(settings, folder_name, kind):
 _locks = {}  # of the folders that this process writes into
 
 
-def check_folder(folder, contents, checkpoints, overwrite=False, keep=False):
-    """What a new run would have to remove from `folder`: a list of paths. Raises UsageError where it must not.
+def check_folder(folder, contents, kept, overwrite=False, keep=False):
+    """What a new run would have to remove from `folder`: a list of paths. Raises UsageError or RunError.
 
-    `contents`: names that a run writes, the first of which tells that a folder is one of a run; `checkpoints`: those of
-    files (patterns) without which nothing is lost. A run is replaced (`overwrite`) or gone on with (`keep`).
+    `contents`: names that a run writes, the first of which tells that a folder is one of a run; `kept`: patterns of
+    files without which it holds nothing to lose. A run is replaced (`overwrite`) or gone on with (`keep`).
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-folder {folder} is a file; give the name of a folder")
-    found, options = [folder / name for name in contents if os.path.lexists(folder / name) and not keep], ""
-    with contextlib.suppress(OSError):
-        options = (folder / contents[0]).read_text(encoding="utf-8", errors="replace")
-    if found and '"encoder_arch"' not in options:  # other programs, too, have their options in files of this name
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise RunError(f"--output-folder {folder}: {above} may not be written to; choose another folder")
+    found, ours = [folder / name for name in contents if os.path.lexists(folder / name) and not keep], '"encoder_arch"'
+    options = folder / contents[0]  # other programs, too, may keep theirs in a file of this name
+    if found and not (options.is_file() and ours in options.read_text(encoding="utf-8", errors="replace")):
         raise UsageError(f"--output-folder {folder} holds {found[0].name}, which no run made; choose another folder")
-    if found and not overwrite and any(any(folder.glob(pattern)) for pattern in checkpoints):
+    if found and not overwrite and any(any(folder.glob(pattern)) for pattern in kept):
         raise UsageError(
             f"--output-folder {folder} already holds a run ({found[0].name}); choose another folder, or give "
             "--overwrite to replace that run"
@@ -148,13 +150,13 @@ def check_folder(folder, contents, checkpoints, overwrite=False, keep=False):
     return found
 
 
-def prepare_folder(folder, contents, checkpoints, overwrite=False, keep=False):
+def prepare_folder(folder, contents, kept, overwrite=False, keep=False):
     """Make `folder` ready for a run, see check_folder: from here to its end no other process may write into it."""
     folder = Path(folder)
     if not runtime.is_main():
         runtime.wait()
         return folder
-    found = check_folder(folder, contents, checkpoints, overwrite, keep)
+    found = check_folder(folder, contents, kept, overwrite, keep)
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() not in _locks:
         busy = f"{folder} is in use by another run; wait for it, or choose another --output-folder"
@@ -271,7 +273,7 @@ class Run:
                 _drop_later_lines(self.folder / self.lines, self.step, self.owes_test)
             _let_the_clock_pass(logs)
             self.records = open(self.folder / self.lines, "a", encoding="utf-8")
-            self.board = SummaryWriter(logs, purge_step=self.step + 1 if self.step else None)
+            self.board = SummaryWriter(_in_text(logs), purge_step=self.step + 1 if self.step else None)
         return self
 
     def __exit__(self, *reason):
@@ -469,6 +471,16 @@ class Run:
 def progress_bar(batches, unit, total, initial=0):
     """A progress bar on a terminal; one for all processes."""
     return tqdm(batches, unit, total, initial=initial, leave=False, disable=None if runtime.is_main() else True)
+
+
+def _in_text(folder):
+    """A path of the new or old `folder` that TensorBoard can encode: names of files need not be text."""
+    try:
+        os.fspath(folder).encode()
+        return folder
+    except UnicodeEncodeError:
+        folder.mkdir(parents=True, exist_ok=True)
+        return f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}"
 
 
 def _let_the_clock_pass(logs):
