@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -247,7 +248,11 @@ class Batches:
                     broken.update(errors)
                 yield torch.from_numpy(pixels)
         except OSError as error:
-            raise RunError(f"no data-loading processes ({runtime.explain(error)}): use --workers 0") from None
+            sys.unraisablehook = lambda _: None  # torch's half-made iterator would complain when it goes
+            raise RunError(
+                f"the data-loading processes do not start ({error.strerror or error}): use --workers 0, or raise "
+                "`ulimit -n` (open files) or the size of /dev/shm"
+            ) from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
