@@ -53,6 +53,16 @@ def events(folder, kind=None, name="metrics.jsonl"):
             if kind in (None, line["event"])]
 
 
+def curves(folder):
+    """TensorBoard's curves without what time alone decides, and results: a dict of (step, value) lists."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "logs"))
+    board.Reload()
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]
+            if tag != "run/images_per_second" and not tag.startswith("result/")}
+
+
 def wait_for(process, folder, text):
     """Wait until metrics.jsonl in `folder` holds `text`; the process has to live so long."""
     path = folder / "metrics.jsonl"

@@ -32,9 +32,9 @@ def place(tmp_path_factory, finished):
     (place / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (place / "a_file").write_text("text")
     (place / "empty").mkdir()
-    paint(place / "mine" / "images" / "holiday.png")
-    paint(place / "another_program" / "images" / "holiday.png")
-    (place / "another_program" / "args.json").write_text('{"model": "gan"}')
+    for name in ("mine", "other"):
+        paint(place / name / "images" / "holiday.png")
+    (place / "other" / "args.json").write_text('{"model": "gan"}')  # another program's
     paint(place / "single" / "one.png")
     paint_classes(place / "broken", images=4)
     (place / "broken/ant/2.jpg").write_bytes(b"GIF89a but not really")
@@ -46,105 +46,68 @@ def place(tmp_path_factory, finished):
     return place
 
 
-# options, exit status, what the line must say
-BAD_INPUT = [
-    ("--dataset nothing", 2, ["--dataset", "nothing", "shapes"]),
-    ("--nonsense 3", 2, ["--nonsense"]),
-    ("--data-fol x", 2, ["--data-fol", "did you mean --data-folder?"]),
-    ("--num-epoch 3", 2, ["--num-epoch", "did you mean --num-epochs?"]),
-    ("--num-epoch=3", 2, ["did you mean --num-epochs?"]),
-    ("--num-parts 0", 2, ["--num-parts", "'0'", "1 or more"]),
-    ("--hidden-size -3", 2, ["--hidden-size"]),
-    ("--hidden-size 2.5", 2, ["--hidden-size", "whole number"]),
-    ("--batch-size zero", 2, ["--batch-size", "'zero'"]),
-    ("--lr 0", 2, ["--lr", "above 0"]),
-    ("--lr nan", 2, ["--lr", "'nan'"]),
-    ("--beta-v -1", 2, ["--beta-v", "0 or more"]),
-    ("--temp inf", 2, ["--temp"]),
-    ("--temp 0.05", 2, ["--min-temp", "--temp"]),
-    ("--py 0", 2, ["--py", "above 0"]),
-    ("--py 1", 2, ["--py", "below 1"]),
-    ("--num-parts 1", 2, ["single part", "--py 0.5"]),
-    ("--seed -1", 2, ["--seed"]),
-    ("--seed 4294967296", 2, ["--seed", "at most 4294967295"]),
-    ("--num-epochs 0", 2, ["--num-epochs"]),
-    ("--workers -1", 2, ["--workers"]),
-    ("--arch unet", 2, ["--arch", "patchy"]),
-    ("--encoder-arch vgg", 2, ["--encoder-arch", "resnet"]),
-    ("--recon-mask all", 2, ["--recon-mask", "edge"]),
-    ("--target edges --recon-mask edge", 2, ["--target edges", "--recon-mask"]),
-    ("--scale 7", 2, ["--scale 7", "4, 8, 16 or 32"]),
-    ("--scale 64", 2, ["--scale 64"]),
-    ("--encoder-arch resnet50 --scale 8", 2, ["--scale 8", "resnet50", "32"]),
-    ("--size 36", 2, ["--size 36", "--scale 8", "--size 32"]),
-    ("--size 0", 2, ["--size"]),
-    ("--size 32 --scale 32 --batch-size 1", 2, ["--batch-size 1"]),
-    ("--independent --num-parts 10", 2, ["--independent", "--ngf"]),
-    ("--arch vae --hard", 2, ["--hard", "--arch vae"]),
-    ("--arch vae --py 0.1", 2, ["--py", "--arch vae"]),
-    ("--output-folder=", 2, ["--output-folder", "empty"]),
-    ("--pretrained=", 2, ["--pretrained", "empty"]),
-    ("--output-folder {place}/finished", 2, ["already holds a run", "--overwrite"]),
-    ("--output-folder {place}/finished --overwrite --pretrained {place}/./finished/model.pt", 2, ["--overwrite would"]),
-    ("--output-folder {place}/finished --overwrite --resume", 2, ["--overwrite", "--resume"]),
-    ("--resume {place}/finished --output-folder {place}/empty", 2, ["--resume", "own folder"]),
-    ("--resume --output-folder {place}/finished --lr 0.3 --hard", 2, ["--lr 0.3 (there: 0.0001)", "--hard"]),
-    ("--resume --output-folder {place}/empty", 1, ["no checkpoint", "--overwrite"]),
-    ("--output-folder {place}/mine --overwrite", 2, ["mine holds images", "no run made"]),
-    ("--output-folder {place}/another_program", 2, ["another_program holds", "no run made"]),
-    ("--output-folder {place}/a_file", 2, ["--output-folder", "is a file"]),
-    ("--output-folder {place}/a_file/below", 1, ["a_file"]),
-    ("--output-folder /proc/nowhere", 1, ["/proc/nowhere"]),
-    ("--pretrained {place}/none.pt", 1, ["none.pt", "no such file"]),
-    ("--pretrained {place}/empty", 1, ["empty/model.pt", "no such file"]),
-    ("--pretrained {place}/garbage.pt", 1, ["garbage.pt", "damaged"]),
-    ("--pretrained {place}/cut.pt", 1, ["cut.pt", "damaged"]),
-    ("--pretrained {place}/other.pt", 1, ["other.pt", "expected a model.pt of run.py"]),
-    ("--pretrained {place}/older.pt", 1, ["older.pt", "earlier version", "train it again"]),
-    ("--pretrained {place}/tensor.pt", 1, ["tensor.pt", "expected a model.pt of run.py"]),
-    ("--pretrained {place}/nan.pt", 1, ["nan.pt", "no numbers", "smaller --lr"]),
-    ("--pretrained {place}/finished --num-parts 5 --hard", 2, ["--num-parts 5 (there: 16)", "--hard"]),
-    ("--dataset shapes --pretrained {place}/finished/model.pt", 1, ["channels", "--dataset shapes"]),
-    ("--evaluate --output-folder {place}/empty", 1, ["model.pt", "train a model first"]),
-    ("--dataset folder --data-folder {place}/none", 1, ["none", "--data-folder"]),
-    ("--dataset folder --data-folder {place}/a_file", 1, ["a_file"]),
-    ("--dataset folder --data-folder {place}/empty", 1, ["empty", "no images"]),
-    ("--dataset folder --data-folder {place}/no_images", 1, ["no_images", "ant"]),
-    ("--dataset folder --data-folder {place}/single", 1, ["single", "two or more"]),
-    ("--dataset folder --data-folder {place}/broken", 1, ["cannot be decoded", "--skip-broken"]),
-    ("--dataset folder --data-folder {place}/broken --output-folder {place}/finished", 2, ["already holds a run"]),
-    ("--dataset cifar100 --data-folder {place}/broken", 1, ["holds images", "add --dataset folder"]),
-    ("--dataset imagenet --data-folder {place}/empty", 1, ["empty/train", "CLASS"]),
-    ("--dataset indoor --data-folder {place}/empty", 1, ["allminustest", "CLASS"]),
-    ("--dataset miniimagenet --data-folder {place}/empty", 1, ["empty/train"]),
-    ("--dataset places205 --data-folder {place}/empty", 1, ["train_places205.csv"]),
-    ("--dataset places205 --data-folder {place}/places", 1, ["line 2", "path label"]),
-    ("--lr 1e30", 1, ["--lr", "finite"]),
-]
+# Options, by exit status: and what the line must say. The places are those of the fixture `place`.
+WRONG = {2: (
+    "--dataset nothing: --dataset, shapes", "--nonsense 3: --nonsense", "--data-fol x: did you mean --data-folder?",
+    "--num-epoch 3: did you mean --num-epochs?", "--num-epoch=3: did you mean --num-epochs?", "--output-folder=: empty",
+    "--num-parts 0: --num-parts, '0', 1 or more", "--hidden-size -3: --hidden-size", "--pretrained=: empty",
+    "--hidden-size 2.5: --hidden-size, whole number", "--batch-size zero: --batch-size, 'zero'", "--lr 0: above 0",
+    "--lr nan: --lr, 'nan'", "--beta-v -1: --beta-v, 0 or more", "--temp inf: --temp", "--temp 0.05: --min-temp",
+    "--py 0: --py, above 0", "--py 1: --py, below 1", "--num-parts 1: single part, --py 0.5", "--seed -1: --seed",
+    "--seed 4294967296: at most 4294967295", "--num-epochs 0: --num-epochs", "--workers -1: --workers",
+    "--arch unet: --arch, patchy", "--encoder-arch vgg: resnet", "--recon-mask all: edge", "--size 0: --size",
+    "--target edges --recon-mask edge: --target edges, --recon-mask", "--scale 7: --scale 7, 4, 8, 16 or 32",
+    "--scale 64: --scale 64", "--encoder-arch resnet50 --scale 8: --scale 8, resnet50, 32",
+    "--size 36: --size 36, --scale 8, --size 32", "--size 32 --scale 32 --batch-size 1: --batch-size 1",
+    "--independent --num-parts 10: --independent, --ngf", "--arch vae --hard: --hard, --arch vae",
+    "--arch vae --py 0.1: --py, --arch vae", "--output-folder finished: already holds a run, --overwrite",
+    "--output-folder finished --overwrite --pretrained ./finished/model.pt: --overwrite would",
+    "--output-folder finished --overwrite --resume: --overwrite, --resume", "--output-folder a_file: is a file",
+    "--resume finished --output-folder empty: --resume, own folder", "--output-folder mine: mine holds images, no run",
+    "--output-folder mine --overwrite: mine holds images, no run made", "--output-folder other: other holds, no run",
+    "--resume --output-folder finished --lr 0.3 --hard: --lr 0.3 (there: 0.0001), --hard",
+    "--pretrained finished --num-parts 5 --hard: --num-parts 5 (there: 16), --hard",
+    "--dataset folder --data-folder broken --output-folder finished: already holds a run",
+), 1: (
+    "--resume --output-folder empty: no checkpoint, --overwrite", "--output-folder a_file/below: a_file",
+    "--output-folder /proc/nowhere: /proc/nowhere", "--pretrained none.pt: none.pt, no such file",
+    "--pretrained empty: empty/model.pt, no such file", "--pretrained garbage.pt: garbage.pt, damaged",
+    "--pretrained cut.pt: cut.pt, damaged", "--pretrained other.pt: other.pt, expected a model.pt of run.py",
+    "--pretrained older.pt: older.pt, earlier version, train it again", "--pretrained nan.pt: no numbers, smaller --lr",
+    "--pretrained tensor.pt: tensor.pt, expected a model.pt of run.py", "--lr 1e30: --lr, finite",
+    "--dataset shapes --pretrained finished/model.pt: channels, --dataset shapes",
+    "--evaluate --output-folder empty: model.pt, train a model first",
+    "--dataset folder --data-folder none: none, --data-folder", "--dataset places205 --data-folder places: line 2",
+    "--dataset folder --data-folder a_file: a_file",
+    "--dataset folder --data-folder empty: empty, no images", "--dataset folder --data-folder single: two or more",
+    "--dataset folder --data-folder no_images: no_images, ant", "--dataset indoor --data-folder empty: allminustest",
+    "--dataset folder --data-folder broken: cannot be decoded, --skip-broken",
+    "--dataset cifar100 --data-folder broken: holds images, add --dataset folder",
+    "--dataset imagenet --data-folder empty: empty/train, CLASS", "--dataset miniimagenet --data-folder empty: /train",
+    "--dataset places205 --data-folder empty: train_places205.csv",
+)}
 
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-@pytest.mark.parametrize("options, status, words", BAD_INPUT, ids=[row[0] for row in BAD_INPUT])
-def test_bad_input_is_one_line(options, status, words, place, tmp_path, line_of_error):
-    arguments = ["--output-folder", str(tmp_path / "out"), *MODEL_OPTIONS, *options.format(place=place).split()]
-    before = {name: contents(place / name) for name in ("finished", "mine", "another_program")}
-    found, line = line_of_error(run.main, arguments)
+@pytest.mark.parametrize("status, row", [(status, row) for status, rows in WRONG.items() for row in rows])
+def test_bad_input_is_one_line(status, row, place, tmp_path, line_of_error, monkeypatch):
+    monkeypatch.chdir(place)
+    options, words = row.split(": ")
+    before = {name: contents(place / name) for name in ("finished", "mine", "other")}
+    found, line = line_of_error(run.main, ["--output-folder", str(tmp_path / "out"), *MODEL_OPTIONS, *options.split()])
     assert found == status
-    assert all(word in line for word in words), line
+    assert all(word in line for word in words.split(", ")), line
     assert {name: contents(place / name) for name in before} == before
 
 
+MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 JOBS = [  # variables of a job that is none
-    {"RANK": "", "WORLD_SIZE": ""},
-    {"WORLD_SIZE": "2"},
-    {"RANK": "1"},
-    {"RANK": "0", "WORLD_SIZE": "2"},
-    {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
-    {"RANK": "first", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
-    {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "none"},
+    {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"},
+    {"RANK": "2", "WORLD_SIZE": "2", **MEETING}, {"RANK": "first", "WORLD_SIZE": "2", **MEETING},
+    {"RANK": "0", "WORLD_SIZE": "2", **MEETING, "MASTER_PORT": "none"},
 ]
 
 

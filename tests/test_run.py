@@ -24,48 +24,36 @@ def losses(folder):
 
 
 def test_output_folder_holds_what_the_readme_says(finished):
-    folder, _ = finished
+    folder, best = finished
     names = {".lock", "args.json", "checkpoints", "images", "logs", "metrics.jsonl", "model.pt"}
-    assert {path.name for path in folder.iterdir()} == names
-    pictures = [f"{kind}_epoch_{epoch:03d}.png" for kind in ("occurrence", "reconstructions", "samples")
-                for epoch in (1, 2)]
-    assert sorted(path.name for path in (folder / "images").iterdir()) == pictures
-    assert len(list((folder / "checkpoints").iterdir())) == 2
+    assert {path.name for path in folder.iterdir()} == names and len(list((folder / "checkpoints").iterdir())) == 2
+    pictures = {f"{kind}_epoch_00{epoch}.png" for kind in ("occurrence", "reconstructions", "samples")
+                for epoch in (1, 2)}
+    assert {path.name for path in (folder / "images").iterdir()} == pictures
+    picture = Image.open(folder / "images" / "reconstructions_epoch_001.png")
+    assert picture.size[0] > 12 * 32 and picture.size[1] >= 2 * 32  # twelve digits of 32 pixels over their copies
+    assert len(np.unique(np.asarray(picture))) > 20
     args = json.loads((folder / "args.json").read_text())
     assert args["dataset"] == "digits" and args["torch"] == torch.__version__
-
-
-def test_metrics_have_one_line_per_event(finished):
-    lines = events(finished[0])
-    assert [line["event"] for line in lines] == ["train", "train", "test", "train", "train", "test", "end"]
-    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4]
-    assert all(set(TERMS) <= set(line) for line in lines)
-
-
-def test_tensorboard_has_every_curve_and_picture(finished):
-    board = EventAccumulator(str(finished[0] / "logs"), size_guidance={"images": 0})
-    board.Reload()
-    tags = board.Tags()
-    wanted = {f"loss/{split}/{term}" for split in ("train", "test") for term in TERMS}
-    wanted |= {f"run/{name}" for name in ("temperature", "learning_rate", "images_per_second")}
-    assert wanted | {"parts/in_use", "parts/above_half", "result/total"} <= set(tags["scalars"])
-    assert {"reconstructions", "occurrence", "samples"} <= set(tags["images"])
-    assert [event.step for event in board.Scalars("loss/train/recon")] == [1, 2, 3, 4]
-    assert "_hparams_/experiment" in board.summary_metadata
-
-
-def test_model_file_is_the_best_so_far_and_rebuilds_its_own_architecture(finished):
-    folder, best = finished
-    content = training.load(folder / "model.pt", training.MODEL)
+    content = training.load(folder / "model.pt", training.MODEL)  # the best so far, and how to rebuild it
     modules.build_model(content["options"]).load_state_dict(content["model"])
     assert content["test"]["total"] == best["total"]
     assert best["total"] == pytest.approx(min(line["total"] for line in events(folder, "test")), rel=1e-5)
 
 
-def test_pictures_are_grids_of_the_images(finished):
-    picture = Image.open(finished[0] / "images" / "reconstructions_epoch_001.png")
-    assert picture.size[0] > 12 * 32 and picture.size[1] >= 2 * 32  # twelve digits of 32 pixels over their copies
-    assert len(np.unique(np.asarray(picture))) > 20
+def test_metrics_and_tensorboard_have_every_figure_and_picture(finished):
+    lines = events(finished[0])
+    assert [line["event"] for line in lines] == ["train", "train", "test", "train", "train", "test", "end"]
+    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4]
+    assert all(set(TERMS) <= set(line) for line in lines)
+    board = EventAccumulator(str(finished[0] / "logs"), size_guidance={"images": 0})
+    board.Reload()
+    wanted = {f"loss/{split}/{term}" for split in ("train", "test") for term in TERMS}
+    wanted |= {f"run/{name}" for name in ("temperature", "learning_rate", "images_per_second")}
+    assert wanted | {"parts/in_use", "parts/above_half", "result/total"} <= set(board.Tags()["scalars"])
+    assert {"reconstructions", "occurrence", "samples"} <= set(board.Tags()["images"])
+    assert [event.step for event in board.Scalars("loss/train/recon")] == [1, 2, 3, 4]
+    assert "_hparams_/experiment" in board.summary_metadata
 
 
 @pytest.mark.parametrize("options", ["--beta-v 3 --recon-mask edge", "--arch vae --beta-a 2"])

@@ -62,17 +62,6 @@ def test_a_gpu_that_cannot_be_taken_is_refused(gpu, processes, words, monkeypatc
         runtime.choose_device(gpu=gpu)
 
 
-@pytest.mark.parametrize("content, expected", [
-    ("caf\u00e9 0\r\nb 1\n".encode(), ["caf\u00e9 0", "b 1", ""]),
-    ("caf\u00e9 0\n".encode("utf-8-sig"), ["caf\u00e9 0", ""]),
-    ("caf\u00e9 0\n".encode("utf-16"), ["caf\u00e9 0", ""]),
-    ("caf\u00e9\x85 0\n".encode("latin-1"), ["caf\u00e9\x85 0", ""]),
-])
-def test_lists_are_read_in_their_encoding(content, expected, tmp_path):
-    (tmp_path / "list").write_bytes(content)
-    assert runtime.read_lines(tmp_path / "list") == expected
-
-
 @pytest.mark.parametrize("error, words", [
     (MemoryError(), "out of memory; try a smaller --batch-size or --size"),
     (RuntimeError("CUDA error: out of memory"), "out of memory"),
