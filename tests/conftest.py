@@ -53,14 +53,26 @@ def events(folder, kind=None, name="metrics.jsonl"):
             if kind in (None, line["event"])]
 
 
-def curves(folder):
+def curves(folder, logs="logs"):
     """TensorBoard's curves without what time alone decides, and results: a dict of (step, value) lists."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(folder / "logs"))
+    board = EventAccumulator(str(folder / logs))
     board.Reload()
     return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]
             if tag != "run/images_per_second" and not tag.startswith("result/")}
+
+
+def assert_same_run(folder, other, names=("model.pt", "checkpoints"), lines="metrics.jsonl", logs="logs"):
+    """Models, newest checkpoints, records and curves of two runs are the same bit for bit."""
+    import torch
+
+    for name in names:
+        mine, theirs = (torch.load(sorted([place / name, *(place / name).glob("*")])[-1]) for place in (folder, other))
+        assert all(torch.equal(mine["model"][key], theirs["model"][key]) for key in theirs["model"])
+        assert mine.get("progress") == theirs.get("progress") and mine.get("test") == theirs.get("test")
+    assert events(folder, name=lines) == events(other, name=lines)
+    assert curves(folder, logs) == curves(other, logs)
 
 
 def wait_for(process, folder, text):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, call, paint, paint_classes
+from conftest import ROOT, TINY, paint, paint_classes
 
 import run
 from utils import runtime, training
@@ -36,7 +36,8 @@ def place(tmp_path_factory, finished):
         paint(place / name / "images" / "holiday.png")
     (place / "other" / "args.json").write_text('{"model": "gan"}')  # another program's
     paint(place / "single" / "one.png")
-    paint_classes(place / "broken", images=4)
+    for name in ("whole", "broken"):
+        paint_classes(place / name, images=4)
     (place / "broken/ant/2.jpg").write_bytes(b"GIF89a but not really")
     (place / "broken/bee/1.jpg").write_bytes((place / "broken/bee/0.jpg").read_bytes()[:400])
     (place / "no_images/ant").mkdir(parents=True)
@@ -124,33 +125,24 @@ def test_variables_of_another_job_are_one_line(variables, monkeypatch, capsys):
 
 
 def test_the_real_process_behaves_alike(place):
-    done = call("run.py", "--num-parts", "0")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("run.py: error:")
-    done = call("run.py", *MODEL_OPTIONS, "--dataset", "folder", "--data-folder", place / "broken", "--workers", "2",
-                "--output-folder", place / "new")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot be decoded" in done.stderr
+    folder = [*MODEL_OPTIONS, "--dataset", "folder", "--size", "32", "--workers", "2", "--output-folder", place / "new"]
+    for few, status, words, options in (
+        (9999, 2, "--num-parts", ["--num-parts", "0"]),
+        (9999, 1, "cannot be decoded", [*folder, "--data-folder", place / "broken"]),
+        (24, 1, "raise `ulimit -n`", [*folder, "--data-folder", place / "whole"]),
+    ):
+        command = ["sh", "-c", f'ulimit -n {few}; exec "$@"', "sh", sys.executable, ROOT / "run.py", *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == status and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("run.py: error:") and words in done.stderr
 
 
-def test_too_few_open_files_are_one_line_with_the_remedy(place, class_folder):
-    options = ["--dataset", "folder", "--data-folder", str(class_folder), *MODEL_OPTIONS[2:], "--workers", "2"]
-    command = [sys.executable, str(ROOT / "run.py"), *options, "--size", "32", "--output-folder", str(place / "few")]
-    done = subprocess.run(["sh", "-c", 'ulimit -n 24; exec "$@"', "sh", *command], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "ulimit -n" in done.stderr
-
-
-@pytest.mark.parametrize("folder", ["there", "new"])
-def test_a_folder_that_cannot_be_written_is_noticed_before_images_are_opened(folder, tmp_path, monkeypatch,
-                                                                             line_of_error):
-    def refuse(path, *arguments, **named):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    (tmp_path / "there").mkdir()
+def test_a_folder_that_cannot_be_written_is_noticed_before_images_are_opened(tmp_path, monkeypatch, line_of_error):
     monkeypatch.setattr(run, "open_split", None)
-    monkeypatch.setattr(os, "open", refuse)
-    monkeypatch.setattr(os, "mkdir", refuse)
-    status, line = line_of_error(run.main, [*MODEL_OPTIONS, "--output-folder", str(tmp_path / folder)])
-    assert status == 1 and f"{tmp_path / folder}" in line and "choose a place you may write to" in line
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for folder in (tmp_path, tmp_path / "new" / "run"):
+        status, line = line_of_error(run.main, [*MODEL_OPTIONS, "--output-folder", str(folder)])
+        assert status == 1 and f"{tmp_path} may not be written to; choose another" in line
 
 
 def test_a_bug_of_ours_keeps_its_traceback():

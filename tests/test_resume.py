@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, call, curves, events, paint_classes, wait_for
+from conftest import ROOT, assert_same_run, call, curves, events, paint_classes, wait_for
 
 import classifier
 import run
@@ -30,6 +30,7 @@ LAST = "checkpoints/step_000000012.pt"
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     run.main([*OPTIONS, "--output-folder", str(folder)])
+    assert [step for step, _ in curves(folder)["loss/train/total"]] == [3, 4, 7, 8, 11, 12]
     return folder
 
 
@@ -38,16 +39,6 @@ def start(folder, *options):
     command = [sys.executable, str(ROOT / "run.py"), *OPTIONS, "--output-folder", str(folder), *options]
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)
-
-
-def assert_same(folder, other):
-    for name, kind in (("model.pt", training.MODEL), (LAST, training.TRAINING)):
-        mine, theirs = (training.load(place / name, kind) for place in (folder, other))
-        assert all(torch.equal(mine["model"][key], theirs["model"][key]) for key in theirs["model"])
-        assert mine.get("progress") == theirs.get("progress") and mine.get("test") == theirs.get("test")
-    assert events(folder) == events(other)
-    assert curves(folder) == curves(other)
-    assert [step for step, _ in curves(folder)["loss/train/total"]] == [3, 4, 7, 8, 11, 12]
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -60,7 +51,7 @@ def test_a_signal_loses_no_step_and_the_resumed_run_is_bitwise_the_same(number, 
     step = int(errors.split("after step ")[1].split(";")[0])
     assert 4 <= step <= 12 and (tmp_path / f"checkpoints/step_{step:09d}.pt").is_file()
     run.main(["--resume", "--output-folder", str(tmp_path)])
-    assert_same(tmp_path, uninterrupted)
+    assert_same_run(tmp_path, uninterrupted)
 
 
 def test_kill_9_at_random_instants_is_survived_by_one_command(uninterrupted, tmp_path):
@@ -76,7 +67,7 @@ def test_kill_9_at_random_instants_is_survived_by_one_command(uninterrupted, tmp
         training.load(path, training.TRAINING)
     (tmp_path / "checkpoints/step_000000009.pt.unfinished").write_bytes(b"what a kill in the middle of a save leaves")
     run.main([*OPTIONS, "--resume", "auto", "--output-folder", str(tmp_path)])
-    assert_same(tmp_path, uninterrupted)
+    assert_same_run(tmp_path, uninterrupted)
     assert not list(tmp_path.rglob("*.unfinished"))
 
 
@@ -130,7 +121,7 @@ def test_a_signal_leaves_a_test_at_once_and_the_resumed_run_repeats_it(uninterru
     monkeypatch.undo()
     assert drawn == [23, 3] and [event["step"] for event in events(tmp_path, "test")] == [4]
     run.main(["--resume", "--output-folder", str(tmp_path)])
-    assert_same(tmp_path, uninterrupted)
+    assert_same_run(tmp_path, uninterrupted)
 
 
 HEAD = ["--dataset", "digits", "--workers", "0", "--arch", "patchy", "--encoder-arch", "pyramid", "--ngf", "8"]
@@ -151,12 +142,8 @@ def test_a_classifier_stopped_in_an_epoch_goes_on_bitwise_the_same(tmp_path, mon
         classifier.main([*HEAD, "--output-folder", str(tmp_path / "parts")])
     monkeypatch.undo()
     assert classifier.main([*HEAD, "--resume", "auto", "--output-folder", str(tmp_path / "parts")]) == whole
-    folders, path = (tmp_path / "parts", tmp_path / "whole"), "checkpoints_classifier/step_000000008.pt"
-    mine, theirs = (training.load(folder / path, training.CLASSIFIER) for folder in folders)
-    assert all(torch.equal(mine["model"][name], theirs["model"][name]) for name in theirs["model"])
-    assert mine["progress"] == theirs["progress"]
-    mine, theirs = (events(folder, name="classifier.jsonl") for folder in folders)
-    assert mine == theirs
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", ["best.pt", "checkpoints_classifier"],
+                    "classifier.jsonl", "logs_classifier")
 
 
 def test_flipped_bits_and_cuts_are_noticed(uninterrupted, tmp_path):
@@ -196,7 +183,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_in_its_own_folder(uninterrupted,
     run.main(["--resume", str(older), "--num-epochs", "2"])
     assert [path.name for path in sorted(older.parent.iterdir())] == ["step_000000004.pt", "step_000000008.pt"]
     run.main([*OPTIONS, "--resume", "--output-folder", str(tmp_path / "run")])  # the first command again
-    assert_same(tmp_path / "run", uninterrupted)
+    assert_same_run(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.parametrize("force", ["0", "1"])
@@ -215,12 +202,14 @@ def test_a_hostile_file_is_refused_unread(force, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ the output folder
 
 
-def test_a_folder_in_use_is_refused_and_a_killed_holder_does_not_block(tmp_path):
-    process = start(tmp_path, "--num-epochs", "1000")
+def test_a_folder_in_use_is_refused_and_a_killed_holder_does_not_block(tmp_path, monkeypatch):
+    locked, process = runtime.locked, start(tmp_path, "--num-epochs", "1000")
     wait_for(process, tmp_path, '"step": 3')
     again = [*OPTIONS, "--num-epochs", "1", "--output-folder", str(tmp_path), "--overwrite"]
+    monkeypatch.setattr(runtime, "locked", lambda path, patience, words: locked(path, patience / 100, words))
     with pytest.raises(runtime.RunError, match="in use by another run"):
         run.main(again)
+    monkeypatch.undo()
     assert '"step": 3' in (tmp_path / "metrics.jsonl").read_text()
     os.kill(process.pid, signal.SIGKILL)  # its data-loading process ends by itself
     process.communicate()

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, events, paint, paint_classes
+from conftest import ROOT, TINY, events, paint_classes
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -64,13 +64,12 @@ def test_evaluate_repeats_the_figures_of_training_with_its_options(options, tmp_
 
 
 def test_evaluate_needs_test_images_alone_and_leaves_the_folder_free(tmp_path):
-    paint_classes(tmp_path / "data" / "train", images=4)
-    paint_classes(tmp_path / "data" / "val", images=4)
+    for split in ("train", "val"):
+        paint_classes(tmp_path / "data" / split, images=4)
     options = ["--dataset", "imagenet", "--data-folder", str(tmp_path / "data"), "--size", "32", *TINY]
     run.main([*options, "--output-folder", str(tmp_path / "run")])
     shutil.rmtree(tmp_path / "data" / "train")
-    other = ["--workers", "0", "--output-folder", str(tmp_path / "other")]
-    run.main(["--evaluate", "--pretrained", str(tmp_path / "run"), *other])
+    run.main(["--evaluate", "--pretrained", str(tmp_path / "run"), "--output-folder", str(tmp_path / "other")])
     pictures = {"occurrence.png", "reconstructions.png", "samples.png"}
     assert {path.name for path in (tmp_path / "other" / "evaluated").iterdir()} == pictures
     assert training.check_folder(tmp_path / "other", run.CONTENTS, run.KEPT) == []
@@ -79,17 +78,14 @@ def test_evaluate_needs_test_images_alone_and_leaves_the_folder_free(tmp_path):
 def test_evaluate_tests_all_of_a_folder_that_it_is_given(class_folder, tmp_path, capsys):
     data = ["--dataset", "folder", "--data-folder", str(class_folder), "--size", "32"]
     run.main([*data, *TINY, "--output-folder", str(tmp_path)])
-    capsys.readouterr()
-    run.main(["--evaluate", "--workers", "0", "--output-folder", str(tmp_path), *data])
+    run.main(["--evaluate", "--output-folder", str(tmp_path), *data])
     assert "folder: 12 test images" in capsys.readouterr().out
 
 
 def test_another_data_set_is_not_looked_for_in_the_folder_of_the_first(finished):
-    where = []
-    for more in ([], ["--dataset", "digits"], ["--dataset", "mnist"]):
-        where.append(run.parse(["--evaluate", "--output-folder", str(finished[0]), *more])[0].data_folder)
     saved = training.load(finished[0] / "model.pt", training.MODEL)["args"]["data_folder"]
-    assert where == [saved, saved, "./data"]
+    for more, expected in (([], saved), (["--dataset", "digits"], saved), (["--dataset", "mnist"], "./data")):
+        assert run.parse(["--evaluate", "--output-folder", str(finished[0]), *more])[0].data_folder == expected
 
 
 def test_home_and_other_names_of_options(monkeypatch):
@@ -123,9 +119,8 @@ def test_what_is_hidden_has_to_be_reconstructed_and_tests_hide_nothing(tmp_path,
 
 
 def test_one_seed_gives_the_same_losses_and_another_does_not(tmp_path):
-    for name, seed, workers in (("a", 3, 0), ("b", 3, 1), ("c", 4, 0)):
-        options = ["--seed", str(seed), "--workers", str(workers), "--output-folder", str(tmp_path / name)]
-        run.main([*DIGITS, *options])
+    for name, seed, workers in (("a", "3", "0"), ("b", "3", "1"), ("c", "4", "0")):
+        run.main([*DIGITS, "--seed", seed, "--workers", workers, "--output-folder", str(tmp_path / name)])
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
 
 
@@ -178,14 +173,12 @@ def seed_command(dataset, data, output):
 
 
 def test_seed_command_places205(tmp_path):
-    lists = tmp_path / "data" / "trainvalsplit_places205"
-    lists.mkdir(parents=True)
+    images = paint_classes(tmp_path / "data/vision/torralba/deeplearning/images256", ["a/abbey"], 4, (256, 256))
+    (tmp_path / "trainvalsplit_places205").mkdir()
     for split in ("train", "val"):
-        (lists / f"{split}_places205.csv").write_text("".join(f"a/abbey/{split}{i}.jpg 0\n" for i in range(4)))
-        for number in range(4):
-            images = tmp_path / "data" / "data/vision/torralba/deeplearning/images256"
-            paint(images / f"a/abbey/{split}{number}.jpg", side=(256, 256), seed=number)
-    run.main(seed_command("places205", tmp_path / "data", tmp_path / "out"))
+        lines = [f"{path.relative_to(images)} 0\n" for path in images.rglob("*.jpg")]
+        (tmp_path / f"trainvalsplit_places205/{split}_places205.csv").write_text("".join(lines))
+    run.main(seed_command("places205", tmp_path, tmp_path / "out"))
     assert json.loads((tmp_path / "out/args.json").read_text())["size"] == 64
 
 
