@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import multiprocessing
 import os
 import random
 import shutil
@@ -102,6 +103,17 @@ def test_a_second_signal_does_not_wait_for_the_step(tmp_path):
         process.send_signal(number)
         time.sleep(wait)
     assert process.communicate(timeout=30)[1] == "stopped at once, without saving\n" and process.returncode == 130
+
+
+def test_a_killed_loading_process_is_one_line(tmp_path, monkeypatch, line_of_error):
+    def killing(*arguments, train_step=run.train_step):
+        for child in multiprocessing.active_children():
+            child.kill()
+        return train_step(*arguments)
+
+    monkeypatch.setattr(run, "train_step", killing)
+    status, line = line_of_error(run.main, [*OPTIONS, "--cache", "none", "--output-folder", str(tmp_path)])
+    assert status == 1 and "a data-loading process died" in line and "--workers 0" in line
 
 
 def test_a_signal_leaves_a_test_at_once_and_the_resumed_run_repeats_it(uninterrupted, tmp_path, monkeypatch):
@@ -297,9 +309,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_file(tmp_path, monkeypatch
 def test_folders_whose_names_are_no_text_survive_a_training(tmp_path):
     odd = tmp_path / os.fsdecode(b"caf\xe9")
     paint_classes(odd / "images" / "train")
-    short = ["--img-per-epoch", "8", "--batch-size", "4", "--num-epochs", "1", "--workers", "0", "--size", "32"]
+    (deep := tmp_path / ("x" * 117)).mkdir()  # no name for a socket
+    short = ["--img-per-epoch", "8", "--batch-size", "4", "--num-epochs", "1", "--size", "32"]
     data = ["--dataset", "folder", "--data-folder", odd / "images", "--output-folder", odd / "out"]
-    done = call("run.py", *OPTIONS, *short, *data, env={**os.environ, "PYTHONUTF8": "1"})
+    done = call("run.py", *OPTIONS, *short, *data, env={**os.environ, "PYTHONUTF8": "1", "TMPDIR": str(deep)})
     assert done.returncode == 0 and done.stderr == "", done.stderr
     call("run.py", "--resume", odd / "out", "--num-epochs", "2")
     assert [event["epoch"] for event in events(odd / "out", "test")] == [1, 2]

@@ -156,7 +156,8 @@ def open_batches(settings, sources, device):
 class Batches:
     """An image source as normalised float batches on `device`; the host sends uint8."""
 
-    def __init__(self, source, form, device, loading=Loading()):  # noqa: B008
+    def __init__(self, source, form, device, loading=None):
+        loading = loading or Loading()
         self.pixels, self.device, self.flip = Pixels(source, form.size), device, form.flip
         self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (form.mean, form.std))
         self.workers = min(loading.workers, -(-(os.cpu_count() or 1) // runtime.local_count()))
