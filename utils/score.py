@@ -29,13 +29,13 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, average_precision_score, normalized_mutual_info_score, roc_curve
-from torchvision.transforms import functional as transforms
+from torchvision.transforms import InterpolationMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import modules
 from datasets import open_split
-from utils import console, options, shapes, tracking, trained
-from utils.console import RunError, UsageError
+from utils import batches, options, runtime, shapes, trained
+from utils.runtime import RunError, UsageError
 
 # Letters: B images, N parts, L labels, M locations (cells or pixels); maps, M×N: how surely each part occurs there.
 MASK = "mask"  # what image files are labelled with; drawn images with the following, of which label 0 is the ground
@@ -65,13 +65,11 @@ class Labelled(NamedTuple):
 @torch.no_grad()
 def main(argv=None):
     """Score as `argv` says; returns what is written as JSON: a dict."""
-    settings, model, device = parse(argv)
-    folder = settings.pretrained if os.path.isdir(settings.pretrained) else os.path.dirname(settings.pretrained)
-    output = Path(settings.output or Path(folder, "scores.json"))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    batches = options.open_batches(settings, open_sources(settings), device)
-    labels, classes = (read_masks if settings.masks else draw_labels)(settings, [found.source for found in batches])
-    train, test = (label_images(*pair, settings) for pair in zip(batches, labels, strict=True))
+    settings, model, device = trained.open_model(build_parser(), argv)
+    output = Path(settings.output or Path(settings.pretrained).with_name("scores.json"))
+    opened = batches.open_batches(settings, open_sources(settings), device)
+    labels, classes = (read_masks if settings.masks else draw_labels)(settings, [found.source for found in opened])
+    train, test = (label_images(*pair, settings) for pair in zip(opened, labels))
     torch.manual_seed(settings.seed)
     models = {MODEL: model, RANDOM: modules.build_model(options.describe_model(settings)).to(device).eval()}
     detectors = {name: lambda x, model=model: model.encode(x).occurrence for name, model in models.items()}
@@ -85,27 +83,25 @@ def main(argv=None):
         scores[name]["swap"] = swap_test(found, test.images[:BATCH], settings.scale)
     print("", *in_words(scores), "", sep="\n")
     content = {"protocol": protocol, "scores": scores}
-    tracking.write_json(output, content)
-    print(f"every figure is in {tracking.relative(output)}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    runtime.write_json(output, content)
+    print(f"every figure is in {runtime.relative(output)}")
     return content
 
 
-def parse(argv):
-    """The command line `argv`: settings, the trained model, its device. Raises UsageError and RunError."""
-    parser = console.Parser(description=__doc__)
+def build_parser():
+    parser = options.Parser(description=__doc__)
     trained.add_options(parser)
-    add = parser.add_argument_group("protocol").add_argument
-    train = "training images that thresholds, matchings and k-means are fitted to (default: %(default)s)"
-    test = "test images that are scored; fewer are faster, and less certain (default: %(default)s)"
-    seed = "of random weights, k-means and the shuffle (default: %(default)s)"
-    add("--masks", metavar="DIR", help="label maps of a data set of image files (see above)")
-    add("--ignore", type=console.whole(0), nargs="+", default=[], metavar="LABEL", help="labels of --masks to leave out")
-    add("--train-images", type=console.whole(1), default=500, metavar="K", help=train)
-    add("--test-images", type=console.whole(2), default=2000, metavar="K", help=test)
-    add("--seed", type=console.seed, default=1, metavar="K", help=seed)
-    add("--output", metavar="FILE", help="where the JSON goes (default: scores.json beside the model)")
-    settings = parser.parse_args(argv)
-    return settings, *trained.open_model(settings, parser.given(argv))
+    parser.section("protocol")
+    parser.option("--masks", options.path, None, "DIR", "label maps of a data set of image files (see above)")
+    parser.option("--ignore", options.whole(0), None, "LABEL", "labels of --masks to leave out, as void", nargs="+")
+    parser.option("--train-images", options.whole(1), 500, "K",
+                  "training images that thresholds, matchings and k-means are fitted to")
+    parser.option("--test-images", options.whole(2), 2000, "K",
+                  "test images that are scored; fewer are faster, and less certain")
+    parser.option("--seed", options.seed, 1, "K", "of random weights, k-means and the shuffle")
+    parser.option("--output", options.path, None, "FILE", "where the JSON goes (default: scores.json beside the model)")
+    return parser
 
 
 def open_sources(settings):
@@ -139,46 +135,48 @@ def draw_labels(settings, sources):
 
 def read_masks(settings, sources):
     """The same of image files: the labels that occur are numbered 0, 1, … in ascending order, ignored ones -1."""
-    masks = [np.stack([read_mask(settings, source.path(k)) for k in range(len(source))]) for source in sources]
-    values = np.setdiff1d(np.concatenate([np.unique(mask) for mask in masks]), settings.ignore)
+    masks = [np.stack([read_mask(settings, source, index) for index in range(len(source))]) for source in sources]
+    values = np.setdiff1d(np.concatenate([np.unique(mask) for mask in masks]), settings.ignore or [])
     labels = [np.where(np.isin(mask, values), np.searchsorted(values, mask), -1) for mask in masks]
     return [{MASK: found} for found in labels], {MASK: len(values)}
 
 
-def read_mask(settings, image_path):
-    """The label map of one image, resized and cropped as the image is: size×size. Raises RunError."""
+def read_mask(settings, source, index):
+    """The label map of image `index`, resized and cropped as the image is: size×size. Raises RunError."""
+    image_path = source.path(index)
     path = Path(settings.masks, os.path.relpath(image_path, settings.data_folder)).with_suffix(".png")
     try:
-        with Image.open(path) as mask, Image.open(image_path) as image:
-            labels, mode, size, wanted = np.array(mask), mask.mode, mask.size, image.size
+        with Image.open(path) as mask:
+            labels, mode = np.array(mask), mask.mode
     except FileNotFoundError:
         raise RunError(f"{path}: no label map for {image_path}; add it, or move that out of --data-folder") from None
     except Exception as error:  # Pillow raises many kinds for a broken file
         raise RunError(f"{path}: cannot be decoded ({error}); repair it") from None
     if labels.ndim != 2:
         raise RunError(f"{path}: mode {mode} is no label map; save one number per pixel, grey or with a palette")
-    if size != wanted:
-        raise RunError(f"{path}: {size[0]}x{size[1]} pixels, its image {wanted[0]}x{wanted[1]}; make the sizes equal")
+    (height, width), size = labels.shape, source.image(index).size
+    if (width, height) != size:
+        raise RunError(f"{path}: {width}x{height} pixels, its image {size[0]}x{size[1]}; make the sizes equal")
     labels = Image.fromarray(labels.astype(np.int32))
-    labels = transforms.resize(labels, settings.size, transforms.InterpolationMode.NEAREST)
-    return np.asarray(transforms.center_crop(labels, settings.size))
+    return np.asarray(batches.resize_and_crop(labels, settings.size, InterpolationMode.NEAREST))
 
 
-def label_images(batches, labels, settings):
-    """All images of `batches` and the truth about them, from the labels of their pixels, a dict of B×H×W: Labelled."""
+def label_images(opened, labels, settings):
+    """All images of the Batches `opened` with the labels of their pixels, dict of B×H×W: Labelled. Raises RunError."""
     found = {name: majority(values, settings.scale) for name, values in labels.items()}
     cells = {name: commonest for name, (commonest, _) in found.items()}
     scored = np.all([share >= (CLEAR if settings.masks else 0) for _, share in found.values()], axis=0)
     if settings.masks and len(np.unique(cells[MASK][scored])) < 2:
         raise RunError(f"{settings.masks}: fewer than two labels fill any cell; see --ignore and --size")
-    images = torch.cat([x for x, _ in batches.in_order(BATCH)])
+    images = torch.cat([x for x, _ in opened.in_order(BATCH)])
     return Labelled(images, cells, scored, {name: values[:PIXEL_IMAGES] for name, values in labels.items()})
 
 
 def majority(labels, cell):
     """The commonest label of every cell, the lowest of equals, and its share of the pixels: B×H×W -> B×h×w twice."""
     cells = labels.reshape(len(labels), -1, cell, labels.shape[2] // cell, cell)
-    counts = np.stack([(cells == label).sum(axis=(2, 4)) for label in range(labels.max() + 1)])  # L×B×h×w
+    classes = range(max(labels.max(), 0) + 1)
+    counts = np.stack([(cells == label).sum(axis=(2, 4)) for label in classes])  # L×B×h×w
     return counts.argmax(axis=0), counts.max(axis=0) / cell**2
 
 
@@ -186,8 +184,9 @@ def describe(settings, train, test, classes):
     """What was done, in words: a dict of str."""
     cell, rule = settings.scale, "label of a cell: its commonest"
     if settings.masks:
-        rule = f"{classes[MASK]} labels, ignored: {' '.join(map(str, settings.ignore)) or 'none'}; scored: cells with "
-        rule += f"{CLEAR * cell**2:g} of {cell**2} pixels of one label, {test.scored.sum():,} of {test.scored.size:,}"
+        rule = f"{classes[MASK]} labels, ignored: {' '.join(map(str, settings.ignore or ['-']))}; scored: "
+        rule += f"cells with at least {CLEAR * cell**2:g} of {cell**2} pixels of one label, "
+        rule += f"{test.scored.sum():,} of {test.scored.size:,}"
     return {
         "model": f"{settings.pretrained}, {settings.num_parts} parts (K) of size {settings.hidden_size}",
         "data": f"{settings.dataset}, {settings.size} px, cells of {cell} px; {rule}",
@@ -260,7 +259,7 @@ def overlap(table):
 
 
 def mean_overlap(fitted, table, prefix=""):
-    """Mean IoU in `table`, N×L, of labels with the one part matched to each, and with all that vote for it, in `fitted`."""
+    """Mean IoU in `table`, N×L, of labels with the part matched to each, and with all that vote for it, in `fitted`."""
     parts, labels = linear_sum_assignment(overlap(fitted), maximize=True)
     matched, votes = np.zeros(table.shape[1]), np.zeros((table.shape[1], table.shape[1]), int)
     matched[labels] = overlap(table)[parts, labels]
@@ -279,8 +278,8 @@ def precision(scores, where):
 def detection(train_maps, train, test_maps, test, classes):
     """Every map as a detector of the label that it detects best in training: means over the parts."""
     best = [np.argmax([precision(scores, train == label)[1] for label in range(classes)]) for scores in train_maps.T]
-    found = [precision(scores, test == label) for scores, label in zip(test_maps.T, best, strict=True)]
-    return dict(zip(("ap", "ap_gain"), np.mean(found, axis=0).tolist(), strict=True))
+    found = [precision(scores, test == label) for scores, label in zip(test_maps.T, best)]
+    return dict(zip(("ap", "ap_gain"), np.mean(found, axis=0).tolist()))
 
 
 def purity(maps, labels):
@@ -378,4 +377,4 @@ def in_words(scores):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    runtime.start(main)
