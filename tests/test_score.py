@@ -172,7 +172,7 @@ def test_bad_input_is_one_line(finished, scenes, tmp_path, line_of_error):
         (scenes, lambda: grey.convert("RGB").save(mask), 1, str(mask), "mode RGB"),
         (scenes, lambda: grey.resize((20, 15)).save(mask), 1, str(mask), "20x15 pixels, its image 40x30"),
         (scenes, lambda: mask.write_bytes(b"no picture"), 1, str(mask), "cannot be decoded"),
-        (scenes, mask.unlink, 1, str(mask), "5.jpg; add it"),
+        (scenes, mask.unlink, 1, str(mask), "5.jpg; --masks mirrors"),
         ([*scenes, "--ignore", "3", "255"], lambda: grey.save(mask), 1, "fewer than two labels", "--ignore"),
         (digits, list, 2, "--dataset digits", "binshapes"),
         ([*digits, "--train-images", "0"], list, 2, "--train-images"),

@@ -13,8 +13,7 @@ three quarters of the pixels (48 of 64), and the labelled pixels of all cells. P
 
 Beside the model stand the same model with random weights, k-means with as many clusters on raw and on contrast-
 normalised patches (of one cell; with --masks of one, two or three, whichever agrees best on training images), shuffled
-labels, and the ceiling: the truth at the model's grid. Thresholds and matchings are chosen on training images; every
-figure is that of test images. A table is printed; everything is written as JSON.
+labels, and the ceiling: the truth at the grid. Everything is fitted on training images and scored on test images.
 """
 
 import os
@@ -67,6 +66,7 @@ def main(argv=None):
     """Score as `argv` says; returns what is written as JSON: a dict."""
     settings, model, device = trained.open_model(build_parser(), argv)
     output = Path(settings.output or Path(settings.pretrained).with_name("scores.json"))
+    output = output / "scores.json" if output.is_dir() else output
     opened = batches.open_batches(settings, open_sources(settings), device)
     labels, classes = (read_masks if settings.masks else draw_labels)(settings, [found.source for found in opened])
     train, test = (label_images(*pair, settings) for pair in zip(opened, labels))
@@ -100,7 +100,7 @@ def build_parser():
     parser.option("--test-images", options.whole(2), 2000, "K",
                   "test images that are scored; fewer are faster, and less certain")
     parser.option("--seed", options.seed, 1, "K", "of random weights, k-means and the shuffle")
-    parser.option("--output", options.path, None, "FILE", "where the JSON goes (default: scores.json beside the model)")
+    parser.option("--output", options.path, None, "FILE", "where all figures go (default: scores.json beside the model)")
     return parser
 
 
@@ -149,7 +149,7 @@ def read_mask(settings, source, index):
         with Image.open(path) as mask:
             labels, mode = np.array(mask), mask.mode
     except FileNotFoundError:
-        raise RunError(f"{path}: no label map for {image_path}; add it, or move that out of --data-folder") from None
+        raise RunError(f"{path}: no label map for {image_path}; --masks mirrors --data-folder: add it") from None
     except Exception as error:  # Pillow raises many kinds for a broken file
         raise RunError(f"{path}: cannot be decoded ({error}); repair it") from None
     if labels.ndim != 2:
