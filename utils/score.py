@@ -100,7 +100,7 @@ def build_parser():
     parser.option("--test-images", options.whole(2), 2000, "K",
                   "test images that are scored; fewer are faster, and less certain")
     parser.option("--seed", options.seed, 1, "K", "of random weights, k-means and the shuffle")
-    parser.option("--output", options.path, None, "FILE", "where all figures go (default: scores.json beside the model)")
+    parser.option("--output", options.path, None, "FILE", "where the figures go (default: scores.json by the model)")
     return parser
 
 
