@@ -18,7 +18,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -240,9 +239,7 @@ class Batches:
             worker_init_fn=_quiet_worker,
         )
         try:
-            iterator = iter(loader)
-            _let_die(loader.num_workers)
-            for pixels, errors in iterator:
+            for pixels, errors in loader:
                 if errors and broken is None:
                     raise RunError(next(iter(errors.values())))
                 if errors:
@@ -254,10 +251,6 @@ class Batches:
                 f"the data-loading processes do not start ({error.strerror or error}): use --workers 0, or raise "
                 "`ulimit -n` (open files) or the size of /dev/shm"
             ) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunError(f"a data-loading process died ({str(error).splitlines()[0]}); try --workers 0") from None
 
     def _normalise(self, pixels, mirrored=None):
         if mirrored is not None:
@@ -268,12 +261,6 @@ class Batches:
 
 def _as_it_is(batch):
     return batch
-
-
-def _let_die(workers):
-    """The loader notices a dead process by itself; torch's handler would raise wherever the program happens to be."""
-    if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _quiet_worker(worker):

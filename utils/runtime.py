@@ -100,6 +100,8 @@ def _outcome(main):
         if any(word in f"{type(error).__name__} {error}" for word in LOST):
             reason = str(error).splitlines()[0]
             return 1, f"error: lost the other processes of this job; one of them says why, or was killed ({reason})"
+        if "DataLoader worker" in str(error):  # raised wherever the program was, when its end was noticed
+            return 1, f"error: a data-loading process died ({str(error).splitlines()[0]}); try --workers 0"
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             return 1, f"error: --compile cannot compile here, leave it out ({str(error).splitlines()[0]})"
         raise
