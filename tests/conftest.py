@@ -54,12 +54,16 @@ def events(folder, kind=None, name="metrics.jsonl"):
 
 
 def curves(folder, logs="logs"):
-    """TensorBoard's curves without what time alone decides, and results: a dict of (step, value) lists."""
+    """TensorBoard's curves without what time alone decides, and results: a dict of (step, value) lists.
+
+    A test that was killed before its checkpoint is done again, and its points are then there twice.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(folder / logs))
     board.Reload()
-    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]
+    return {tag: list(dict.fromkeys((event.step, event.value) for event in board.Scalars(tag)))
+            for tag in board.Tags()["scalars"]
             if tag != "run/images_per_second" and not tag.startswith("result/")}
 
 

@@ -96,7 +96,7 @@ def contents(folder):
 @pytest.mark.parametrize("status, row", [(status, row) for status, rows in WRONG.items() for row in rows])
 def test_bad_input_is_one_line(status, row, place, tmp_path, line_of_error, monkeypatch):
     monkeypatch.chdir(place)
-    options, words = row.split(": ")
+    options, words = row.split(": ", 1)
     before = {name: contents(place / name) for name in ("finished", "mine", "other")}
     found, line = line_of_error(run.main, ["--output-folder", str(tmp_path / "out"), *MODEL_OPTIONS, *options.split()])
     assert found == status
