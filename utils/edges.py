@@ -7,6 +7,7 @@ Edges are the absolute Laplacian of the pixels, weights what the loss multiplies
 averaged over the colours. A weight of 1 is what every pixel has without the option.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -31,8 +32,10 @@ def main(argv=None):
     x = images.examples(settings.images)  # B×C×H×W
     edges = modules.laplacian(x).abs().mean(dim=1).numpy()  # B×H×W
     weights = modules.edge_weights(x, settings.scale).mean(dim=1).numpy()  # B×H×W
-    pictures = figures.to_rgb(x, images.mean, images.std)
-    figures.save(draw(pictures, edges, weights), settings.output)
+    pictures = figures.to_rgb(x, images.mean.flatten().tolist(), images.std.flatten().tolist())
+    picture = draw(pictures, edges, weights)
+    Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
+    runtime.write(settings.output, lambda file: picture.savefig(file, format="png"))
     heaviest = np.sort(weights, axis=None)[-(weights.size // 10) :].sum() / weights.sum()
     print(f"{len(x)} test images of {settings.dataset}, cells of {settings.scale} x {settings.scale} pixels: weights "
           f"from {weights.min():.2f} to {weights.max():.2f}; the heaviest tenth of the pixels has {heaviest:.0%} of "
@@ -46,7 +49,7 @@ def parse(argv):
     options.add_data_options(parser)
     parser.defaults["cache"] = "none"  # a few images, once
     parser.section("picture")
-    parser.option("--scale", options.whole(1), 8, "K", "pixels per side of a cell, as --scale of the run that you plan: "
+    parser.option("--scale", options.whole(1), 8, "K", "side of a cell in pixels, as --scale of the run that you plan; "
                   "larger spreads the weights wider")
     parser.option("--images", options.whole(1), 12, "K", "test images to draw, evenly spread over all")
     parser.option("--output", figures.png, "edges.png", "FILE", "the picture; a file of that name is replaced")
@@ -59,18 +62,21 @@ def parse(argv):
 
 
 def draw(pictures, edges, weights):
-    """Images B×H×W×3 uint8, edges and weights B×H×W -> a matplotlib figure, a row of three panels for each image."""
-    figure = Figure(figsize=(7, 2 * len(pictures)), layout="constrained")
-    rows = figure.subplots(len(pictures), 3, squeeze=False)
-    for panel, title in zip(rows[0], ("image", "edges", "weights")):
+    """Images B×H×W×3 uint8, edges and weights B×H×W -> a matplotlib figure, three panels for each image."""
+    columns = 6 if len(pictures) > 1 else 3
+    rows = math.ceil(3 * len(pictures) / columns)
+    figure = Figure(figsize=(2 * columns, 2 * rows + 1), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel, title in zip(panels[0], ("image", "edges", "weights") * 2):
         panel.set_title(title)
-    for row, image, edge, weight in zip(rows, pictures, edges, weights):
-        row[0].imshow(image)
-        row[1].imshow(edge, "gray", vmin=0)
-        shown = row[2].imshow(weight, "hot", vmin=0, vmax=HEAVY)
-        for panel in row:
-            panel.set_axis_off()
-    figure.colorbar(shown, ax=rows, extend="max", label="weight of a pixel's error; 1 without the option")
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for trio, image, edge, weight in zip(panels.reshape(-1, 3), pictures, edges, weights):
+        trio[0].imshow(image)
+        trio[1].imshow(edge, "gray", vmin=0)
+        shown = trio[2].imshow(weight, "hot", vmin=0, vmax=HEAVY)
+    label = "weight of a pixel's error; 1 without the option"
+    figure.colorbar(shown, ax=panels, location="bottom", shrink=0.5, aspect=40, extend="max", label=label)
     return figure
 
 

@@ -18,7 +18,7 @@ import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import modules
-from utils import options, runtime, trained
+from utils import options, runtime, trained, training
 from utils.runtime import RunError, UsageError
 
 NAMES = {"resnet": "resnet18", "resnet18": "resnet18", "resnet50": "resnet50", "alexnet": "alexnet"}  # in torchvision
@@ -42,7 +42,7 @@ encoder = torch.nn.Sequential(torch.nn.ZeroPad2d({border}), model.features).eval
 OURS = """\
 import torch, torchvision
 import modules  # of this repository
-encoder, _ = modules.build_encoder({arch!r}, {channels:d}, {scale:d}, {ngf:d})
+encoder, _ = modules.build_encoder({encoder_arch!r}, {channels:d}, {scale:d}, {ngf:d})
 encoder.load_state_dict(torch.load({path!r}))
 encoder.eval()
 """
@@ -54,7 +54,8 @@ def main(argv=None):
     args = parse(argv)
     model, file = trained.load_model(args.pretrained)
     described = file["options"]
-    weights = with_their_names(model.encoder, described["encoder_arch"])
+    prefix = "features." if described["encoder_arch"] == "alexnet" else ""
+    weights = {prefix + name: tensor.contiguous() for name, tensor in model.encoder.state_dict().items()}
     twin, absent = load_as_printed(weights, described)
     difference = compare(model.encoder, twin, described)
     if not difference <= TOLERANCE:  # also where it is not a number
@@ -63,7 +64,7 @@ def main(argv=None):
             f"{difference:.1e} of the largest); nothing was written; try the version that requirements.txt names"
         )
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    runtime.write(args.output, lambda target: torch.save(weights, target))
+    training.save(args.output, weights)
     code = loading_code(args.output, described)
     report(args.output, described, weights, absent, difference, code)
     return {"tensors": len(weights), "absent": absent, "difference": difference, "code": code}
@@ -72,9 +73,9 @@ def main(argv=None):
 def parse(argv):
     """The checked command line `argv` as a namespace. Raises UsageError."""
     parser = options.Parser(description=__doc__)
-    parser.option("--pretrained", options.model_file, None, "FILE", "a model.pt of run.py, or the folder that holds it",
+    parser.option("--pretrained", options.model_file, None, "FILE", "a model.pt of run.py, or the folder of its run",
                   required=True)
-    parser.option("--output", options.path, "encoder.pt", "FILE", "a name that ends in .pt; a file of that name is replaced")
+    parser.option("--output", options.path, "encoder.pt", "FILE", "ends in .pt; a file of that name is replaced")
     args = parser.settings(argv)
     if not args.output.endswith(".pt"):
         raise UsageError(f"--output {args.output}: give a name that ends in .pt")
@@ -85,30 +86,23 @@ def parse(argv):
     return args
 
 
-def with_their_names(encoder, arch):
-    """The encoder's state dict under torchvision's names."""
-    prefix = "features." if arch == "alexnet" else ""
-    return {prefix + name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-
-
 def loading_code(path, described):
     """Python that makes `encoder` and `normalise` from the file at `path`: a str of several lines."""
     arch = described["encoder_arch"]
     template = ALEXNET if arch == "alexnet" else RESNET if arch in NAMES else OURS
     mean, std = ([round(value, 6) for value in described[name]] for name in ("mean", "std"))
-    return (template + NORMALISE).format(
-        path=str(path), name=NAMES.get(arch), arch=arch, channels=described["channels"], scale=described["scale"],
-        ngf=described["ngf"], children=int(math.log2(described["scale"])) + 3, border=BORDER, mean=mean, std=std,
-    )
+    children = 4 + int(math.log2(described["scale"])) - 1  # conv1, bn1, relu, maxpool, layer1, …
+    values = {**described, "path": str(path), "name": NAMES.get(arch), "border": BORDER, "children": children}
+    return (template + NORMALISE).format(**values | {"mean": mean, "std": std})
 
 
 def load_as_printed(weights, described):
-    """The encoder that loading_code() makes of `weights`, and the names of the network that they leave out: a list."""
+    """The encoder that loading_code() makes of `weights`, and the names of its network that they leave out: a list."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "encoder.pt")
         torch.save(weights, path)
         made = {}
-        exec(loading_code(path, described), made)
+        exec(loading_code(path, described), made)  # the very lines that are printed
     network = made.get("model", made["encoder"])
     return made["encoder"], sorted(set(network.state_dict()) - set(weights))
 

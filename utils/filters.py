@@ -34,16 +34,17 @@ def main(argv=None):
     print(f"{len(filters)} filters of {' x '.join(map(str, filters.shape[2:]))} pixels, norms {norms.min():.2f} to "
           f"{norms.max():.2f}; neighbouring weights correlate {smoothness(filters):.2f} (0: noise, as before training; "
           f"towards 1: edges and blobs)")
-    print(f"{runtime.relative(args.output)}: {'in the order of the channels' if args.unsorted else 'largest norm first'}, "
-          f"row by row; grey is zero, {'all on one scale' if args.common else 'each on its own scale'}")
+    order_in_words = "in the order of channels" if args.unsorted else "largest norm first"
+    scale_in_words = "all on one scale" if args.common else "each on its own scale"
+    print(f"{runtime.relative(args.output)}: {order_in_words}, row by row; grey is zero, {scale_in_words}")
     return order, norms
 
 
 def parse(argv):
     """The command line `argv` as Settings. Raises UsageError."""
     parser = options.Parser(description=__doc__)
-    parser.option("--pretrained", options.model_file, None, "FILE", "a model.pt of run.py, or the folder that holds it; "
-                  "no images are needed", required=True)
+    parser.option("--pretrained", options.model_file, None, "FILE", "a model.pt of run.py, or the folder of its run",
+                  required=True)
     parser.option("--output", figures.png, "filters.png", "FILE", "the picture; a file of that name is replaced")
     parser.switch("--common", "draw all filters on one scale, so that weak ones look grey, instead of each from minus "
                   "to plus its own largest weight")
