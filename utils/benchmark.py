@@ -154,7 +154,7 @@ def measure(script, typed, rounds, steps):
         figures[name] = {"images_per_second": 1 / whole, "step_only": 1 / step, "waiting": waiting,
                          "flops_per_second": reached, "share_of_product": reached / rate, "peak_memory": memory}
         print(f"  {name:5} {1 / whole:8,.1f} images/s, step {1 / step:8,.1f}, waiting {waiting:3.0%}, "
-              f"{reached / 1e9:7,.1f} GFLOP/s, {reached / rate:3.0%} of a product, {memory / 2**20:6,.0f} MiB")
+              f"{reached / 1e9:7,.1f} GFLOP/s, {reached / rate:3.0%} of a product, peak {memory / 2**20:6,.0f} MiB")
     whole, step, *_ = np.median(np.divide(turns["plain"], turns["ours"]), axis=0).tolist()
     print(f"  ours is {whole:.2f} times as fast, its step {step:.2f} times", flush=True)
     return {**figures, "speed_up": whole, "speed_up_step": step}

@@ -7,13 +7,11 @@ Edges are the absolute Laplacian of the pixels, weights what the loss multiplies
 averaged over the colours. A weight of 1 is what every pixel has without the option.
 """
 
-import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import modules
@@ -21,7 +19,9 @@ from datasets import DATA_SETS, open_split
 from utils import batches, figures, options, runtime
 from utils.runtime import UsageError
 
-HEAVY = 6.0  # the weight from which on the picture shows the brightest colour
+HEAVY, SIDE = 6.0, 128  # the weight that is drawn in the brightest colour; pixels to which small images are magnified
+TITLE = ["Edges: white is the image's strongest.",
+         f"Weights, over the image in grey: no colour 0, faint red 1, red {HEAVY / 2:g}, yellow {HEAVY:g} or more."]
 
 
 def main(argv=None):
@@ -33,9 +33,10 @@ def main(argv=None):
     edges = modules.laplacian(x).abs().mean(dim=1).numpy()  # B×H×W
     weights = modules.edge_weights(x, settings.scale).mean(dim=1).numpy()  # B×H×W
     pictures = figures.to_rgb(x, images.mean.flatten().tolist(), images.std.flatten().tolist())
-    picture = draw(pictures, edges, weights)
-    Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
-    runtime.write(settings.output, lambda file: picture.savefig(file, format="png"))
+    tiles = [tile for trio in zip(pictures, edges, weights) for tile in tiles_of(*trio)]
+    rows = [tiles[start : start + 6] for start in range(0, len(tiles), 6)]
+    captions = ["image", "edges", "weights"] * (len(rows[0]) // 3)
+    figures.save(figures.grid(rows, captions, TITLE), settings.output)
     heaviest = np.sort(weights, axis=None)[-(weights.size // 10) :].sum() / weights.sum()
     print(f"{len(x)} test images of {settings.dataset}, cells of {settings.scale} x {settings.scale} pixels: weights "
           f"from {weights.min():.2f} to {weights.max():.2f}; the heaviest tenth of the pixels has {heaviest:.0%} of "
@@ -61,23 +62,13 @@ def parse(argv):
     return settings.changed(size=size)
 
 
-def draw(pictures, edges, weights):
-    """Images B×H×W×3 uint8, edges and weights B×H×W -> a matplotlib figure, three panels for each image."""
-    columns = 6 if len(pictures) > 1 else 3
-    rows = math.ceil(3 * len(pictures) / columns)
-    figure = Figure(figsize=(2 * columns, 2 * rows + 1), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for panel, title in zip(panels[0], ("image", "edges", "weights") * 2):
-        panel.set_title(title)
-    for panel in panels.flat:
-        panel.set_axis_off()
-    for trio, image, edge, weight in zip(panels.reshape(-1, 3), pictures, edges, weights):
-        trio[0].imshow(image)
-        trio[1].imshow(edge, "gray", vmin=0)
-        shown = trio[2].imshow(weight, "hot", vmin=0, vmax=HEAVY)
-    label = "weight of a pixel's error; 1 without the option"
-    figure.colorbar(shown, ax=panels, location="bottom", shrink=0.5, aspect=40, extend="max", label=label)
-    return figure
+def tiles_of(image, edges, weights):
+    """An image H×W×3 uint8, its edges and weights H×W -> what the picture shows of it: three tiles like the image."""
+    strength = edges / max(edges.max(), np.finfo(np.float32).tiny)  # 0 to 1
+    grey = np.round(255 * strength).astype(np.uint8)
+    tiles = image, np.stack([grey] * 3, axis=2), figures.lay_over(image, weights / HEAVY)
+    magnify = max(1, SIDE // len(image))
+    return [tile.repeat(magnify, axis=0).repeat(magnify, axis=1) for tile in tiles]
 
 
 if __name__ == "__main__":

@@ -23,20 +23,20 @@ TINY = np.finfo(np.float32).tiny  # instead of a division by zero
 def main(argv=None):
     """Draw the filters. Returns their numbers in the order of the tiles, and the norms of the filters so numbered."""
     args = parse(argv)
-    model, _ = trained.load_model(args.pretrained)
+    model, file = trained.load_model(args.pretrained)
     layer = next(module for module in model.encoder.modules() if isinstance(module, nn.Conv2d))
     filters = layer.weight.detach().numpy()  # K×C×k×k, C = 1 or 3
     norms = np.sqrt(np.square(filters).sum(axis=(1, 2, 3)))
     order = np.arange(len(filters)) if args.unsorted else np.argsort(-norms, kind="stable")
     tiles, columns = list(as_tiles(filters[order], args.common)), math.ceil(math.sqrt(len(filters)))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-    figures.save(figures.grid(rows), args.output)
+    title = [f"first layer of the {file['options']['encoder_arch']} encoder, trained as {file['options']['arch']}",
+             f"{'in the order of channels' if args.unsorted else 'largest norm first'}, row by row; grey is zero, "
+             f"{'all on one scale' if args.common else 'each on its own scale'}"]
+    figures.save(figures.grid(rows, title=title), args.output)
     print(f"{len(filters)} filters of {' x '.join(map(str, filters.shape[2:]))} pixels, norms {norms.min():.2f} to "
           f"{norms.max():.2f}; neighbouring weights correlate {smoothness(filters):.2f} (0: noise, as before training; "
-          f"towards 1: edges and blobs)")
-    order_in_words = "in the order of channels" if args.unsorted else "largest norm first"
-    scale_in_words = "all on one scale" if args.common else "each on its own scale"
-    print(f"{runtime.relative(args.output)}: {order_in_words}, row by row; grey is zero, {scale_in_words}")
+          f"towards 1: edges and blobs): {runtime.relative(args.output)}")
     return order, norms
 
 
