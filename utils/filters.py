@@ -33,7 +33,7 @@ def main(argv=None):
     title = [f"first layer of the {file['options']['encoder_arch']} encoder, trained as {file['options']['arch']}",
              f"{'in the order of channels' if args.unsorted else 'largest norm first'}, row by row; grey is zero, "
              f"{'all on one scale' if args.common else 'each on its own scale'}"]
-    figures.save(figures.grid(rows, title=title), args.output)
+    figures.save(figures.grid(rows, None, title), args.output)
     print(f"{len(filters)} filters of {' x '.join(map(str, filters.shape[2:]))} pixels, norms {norms.min():.2f} to "
           f"{norms.max():.2f}; neighbouring weights correlate {smoothness(filters):.2f} (0: noise, as before training; "
           f"towards 1: edges and blobs): {runtime.relative(args.output)}")
