@@ -119,8 +119,7 @@ def compare(encoder, twin, described):
 def report(path, described, weights, absent, difference, code):
     """Say what was written, what was checked, and how to use it."""
     arch, channels, size = described["encoder_arch"], described["channels"], described["size"]
-    network = f"torchvision's {NAMES[arch]}" if arch in NAMES else "modules.build_encoder, as torchvision has none"
-    print(f"{runtime.relative(path)}: {len(weights)} tensors of the encoder {arch}, for {network}")
+    print(f"{runtime.relative(path)}: {len(weights)} tensors of the encoder {arch}")
     print(f"checked: the file gives the same features (largest difference {difference:.1e} of the largest feature)")
     if absent:
         blocks = dict.fromkeys(name.split(".")[0] for name in absent)
