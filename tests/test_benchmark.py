@@ -123,8 +123,7 @@ def test_a_resumed_run_keeps_its_precision(finished):
 
 
 def test_a_compiled_run_computes_what_an_eager_one_does_and_saves_what_it_reads(tmp_path, monkeypatch):
-    """dynamo's own graphs without new kernels, which would take a minute."""
-    traced, compile_really, losses, names = [], torch.compile, [], []
+    traced, compile_really, losses, names = [], torch.compile, [], []  # no new kernels, which would take a minute
 
     def compile_quickly(network, mode):
         traced.append(network)

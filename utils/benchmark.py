@@ -39,7 +39,7 @@ from utils.batches import open_batches
 
 HEAD = "--arch patchy --random-init --freeze -1 --inet --lr 0.01"
 TINY = "--size 16 --scale 4 --ngf 8 --encoder-arch pyramid --workers 0"
-# Script, its options, width and height of the JPEG files, images of a batch on a GPU and on a CPU: few, for steps of seconds.
+# Script, its options, width and height of the JPEG files, images of a batch on a GPU, and on a CPU: fewer, as it is slow.
 SETTINGS = {
     "cifar": ("run", "--size 32 --inet", (32, 32), 128, 128),
     "places": ("run", "--size 64 --inet", (256, 256), 128, 64),
@@ -271,8 +271,8 @@ def main(argv=None):
                 if not args.quick:
                     start_up([*typed, "--cache", "disk"])  # makes its file
                     found["start_up"]["cached folder"] = start_up([*typed, "--cache", "disk"])
-                for what, seconds in found["start_up"].items():
-                    print(f"  from the command to the first step, {what}: {seconds:.1f} s", flush=True)
+                words = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in found["start_up"].items())
+                print(f"  from the command to the first step: {words}", flush=True)
                 if args.curves:
                     found["curves"] = curves(typed, args.rounds)
     if args.output:
