@@ -565,8 +565,8 @@ def as_uri(picture):
 def sees(findings):
     """What a patch shows, and what the encoder has seen to find its place, in words."""
     patch, field, size = findings["patch_size"], findings["receptive_field"], findings["size"]
-    seen = f"{field} pixels around the place" if field < size else "the whole image"
-    return f"a patch shows {patch} of the {size} pixels across an image; the encoder finds its place by {seen}"
+    seen = f"the {field} pixels around it" if field < size else "the whole image"
+    return f"a patch shows {patch} of the {size} pixels across an image; to find its place, the encoder looks at {seen}"
 
 
 def say(findings, number, folder):
@@ -576,8 +576,8 @@ def say(findings, number, folder):
     idle, double = (sum(bool(part[name]) for part in parts) for name in ("dead", "near_duplicates"))
     print(f"{findings['images']:,} images: {sure} of {len(parts)} parts are sure somewhere (probability above one "
           f"half), {idle} not in use, {double} show the same as another")
-    rise = parts[number]["error_rise_percent"]
-    print(f"part {number} is in illustration.png and swap.png; without it the reconstruction error rises by {rise:.1f} %")
+    rise = f"rises by {parts[number]['error_rise_percent']:.1f} %"
+    print(f"part {number} is in illustration.png and swap.png: without it the reconstruction error {rise}")
     print(sees(findings))
     print(f"open {place} in a browser; pictures, parts.csv and parts.json are beside it")
 
@@ -598,6 +598,7 @@ PAGE = """<!doctype html>
   button:focus-visible { outline: 3px solid #d6671b } button:hover img { filter: brightness(1.1) }
   button img { width: 100%; aspect-ratio: 1; border-radius: 4px; display: block; margin-bottom: 3px }
   button span { display: block; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; color: #777 }
+  button b { color: #222 }
   dialog { border: 0; border-radius: 10px; padding: 1rem 1.2rem } dialog::backdrop { background: #000a }
   .pair { display: flex; gap: 1rem; flex-wrap: wrap } .pair img { height: min(55vh, 440px); display: block }
   .pair div { position: relative } #frame { position: absolute; box-sizing: border-box; border: 3px solid #ffd200;
@@ -620,7 +621,7 @@ photograph.</p>
       left: {{ 100 * place.box[0] / place.of[0] }}%; width: {{ 100 * (place.box[2] - place.box[0]) / place.of[0] }}%;
       top: {{ 100 * place.box[1] / place.of[1] }}%; height: {{ 100 * (place.box[3] - place.box[1]) / place.of[1] }}%"
       title="part {{ part.part }} in {{ place.name }}"><img src="{{ place.patch }}" alt="">
-      <b>{{ "%.2f" | format(place.probability) }}</b> {{ place["class"] or "" }}
+      <span><b>{{ "%.2f" | format(place.probability) }}</b> {{ place["class"] or "" }}</span>
       <span>{{ place.name.split("/")[-1] }}</span></button>{% endfor %}
   </div></section>
 {% endfor %}
