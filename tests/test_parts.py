@@ -380,7 +380,7 @@ def test_the_runs_own_folder_will_do(make, capsys):
     said = capsys.readouterr().out
     assert f"360 images: {sum(part['sure_share'] > 0 for part in found['parts'])} of 16 parts are sure" in said
     assert "part 9 is in illustration.png and swap.png: without it the reconstruction error rises by " in said
-    assert "a patch shows 22 of the 32 pixels across an image; " in said and "the 22 pixels around it" in said
+    assert "a patch shows 22 of the 32 pixels across an image; " in said and "the whole image" in said
     assert "parts.html in a browser" in said
 
 

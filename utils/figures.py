@@ -33,9 +33,10 @@ def to_rgb(x, mean, std):
 
 
 def resized(tile, side):
-    """The tile as side×side×3: smooth, but one that is much smaller keeps its pixels."""
-    method = Image.Resampling.NEAREST if side >= 3 * len(tile) else Image.Resampling.LANCZOS
-    return np.asarray(Image.fromarray(tile).resize((side, side), method))
+    """A tile or PIL image as side×side×3: smooth, but one that is much smaller keeps its pixels."""
+    picture = Image.fromarray(np.asarray(tile))
+    method = Image.Resampling.NEAREST if side >= 3 * picture.width else Image.Resampling.LANCZOS
+    return np.asarray(picture.resize((side, side), method))
 
 
 def stretched(values, tile):
@@ -85,7 +86,7 @@ class Row(NamedTuple):
     """A line of a table: words, the first of them in bold, then tiles with a caption below each."""
 
     label: list  # of str, one a line
-    tiles: list  # None leaves a gap
+    tiles: list  # or PIL images; None leaves a gap
     captions: list | tuple = ()  # of str, one for each tile
     remarks: list | tuple = ()  # of str: more lines of the label, in red
 

@@ -41,7 +41,7 @@ SURE, ABSENT = 0.5, 0.01  # above it a part occurs surely; one that is placed no
 CORRELATED, SHARED, UPPER = 0.9, 0.5, 0.25  # see near_duplicates, and shared_places for the last
 CELLS = 3  # width of a patch in cells, where the encoder sees more than the image
 DECODED = 16_000_000  # pixels decoded to see what the parts contribute: a minute or less on a CPU core
-COLUMNS, LARGE, WHOLE = 8, 128, 480  # images in illustration.png and swap.png; pixels of these, of photographs
+COLUMNS, LARGE, WHOLE = 8, 128, 400  # images in illustration.png and swap.png; pixels of these, of photographs
 STEPS, DIRECTIONS = (-3.0, -1.5, 0.0, 1.5, 3.0), 2  # of traversal.png, in standard deviations
 CONTENTS = ("parts.json", "parts.html", "parts.csv", "parts.png", "illustration.png", "swap.png", "traversal.png")
 
@@ -92,8 +92,9 @@ def main(argv=None):
     number = choose_part(parts) if settings.part is None else settings.part
     more = open_gallery(settings, model, images, found, number, COLUMNS + max(COLUMNS, settings.patches))
     findings = {name: getattr(settings, name) for name in ("pretrained", "dataset", "data_folder", "split", "size")}
+    sight = receptive_field(nn.Sequential(model.encoder, model.occurrence.convolution))
     findings |= {"images": len(images), "ablation_images": len(examples), "reconstruction_error": found["error"]}
-    findings |= {"receptive_field": receptive_field(model.encoder), "patch_size": settings.patch_size, "parts": parts}
+    findings |= {"receptive_field": sight, "patch_size": settings.patch_size, "parts": parts}
     shown = by_contribution(parts)[: settings.shown]
     pictures = {
         "parts": draw_parts(findings, shown, galleries),
@@ -153,7 +154,7 @@ def log_odds(logits, categorical):
     """log(p / (1 - p)) of every part's occurrence, B×N×h×w twice: tells apart what as probabilities rounds to 1."""
     if not categorical:
         return logits
-    nothing = torch.full_like(logits[:, :1], -torch.inf)
+    nothing = torch.full_like(logits[:, :1], -1e9)  # log-probability of a part that is not there
     before = torch.cat([nothing, logits[:, :-1].logcumsumexp(dim=1)], dim=1)  # of the parts before each, and after it
     after = torch.cat([nothing, logits.flip(1)[:, :-1].logcumsumexp(dim=1)], dim=1).flip(1)
     return logits - torch.logaddexp(before, after)
@@ -242,13 +243,13 @@ def contributions(model, x, target, batch_size):
     return float(errors[0]), errors[1:] - errors[0]
 
 
-def receptive_field(encoder):
-    """The side, in pixels, of the square that a cell of `encoder` sees, along the widest branch of its blocks.
+def receptive_field(network):
+    """The side, in pixels, of the square that a cell of `network` sees, along the widest branch of its blocks.
 
     Source: Araujo, Norris, Sim, "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019.
     """
     size, step = 1, 1
-    for name, layer in encoder.named_modules():
+    for name, layer in network.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)) and "downsample" not in name:  # which is the narrow branch
             kernel, stride = (np.max(getattr(layer, of)) for of in ("kernel_size", "stride"))
             size, step = size + (kernel - 1) * step, step * stride
@@ -264,7 +265,7 @@ class Gallery(NamedTuple):
     part: int
     posterior: modules.Posterior  # of these images
     places: list  # of dicts, see open_gallery
-    patches: list  # tiles around the surest cells
+    patches: list  # PIL images around the surest cells, at most LARGE pixels wide
     crops: list  # tiles of what the model sees of each photograph, LARGE pixels wide
     frames: list  # where the patches lie in them
     maps: list  # the same tiles, where the part occurs highlighted
@@ -282,17 +283,19 @@ def open_gallery(settings, model, images, found, part, count):
         photograph = source.image(number).convert("RGB")
         cell = np.divmod(found["cell"][number, part], model.grid)  # row, column
         seen, box = boxes(photograph.size, size, (np.array(cell) + 0.5) * size / model.grid, settings.patch_size)
-        crop = figures.resized(np.asarray(photograph.crop(seen)), LARGE)
+        crop = figures.resized(photograph.crop(seen), LARGE)
         gallery.places.append({
             "image": number, "file": file_of(settings, source, number), "class": class_of(source, number),
             "probability": float(found["highest"][number, part]), "cell": [int(place) for place in cell],
             "box": box, "of": list(photograph.size),
         })
-        gallery.patches.append(np.asarray(shrunk(photograph.crop(box), LARGE)))
+        gallery.patches.append(photograph.crop(box))
         gallery.crops.append(crop)
         gallery.frames.append([(place - seen[i % 2]) * LARGE / (seen[2] - seen[0]) for i, place in enumerate(box)])
         gallery.maps.append(figures.highlight(crop, probability, max(SURE, found["strongest"][part])))
-        gallery.photographs.append(as_uri(shrunk(photograph, WHOLE)))
+        for picture, longest in ((gallery.patches[-1], LARGE), (photograph, WHOLE)):
+            picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)  # which never enlarges
+        gallery.photographs.append(as_uri(photograph))
     return gallery
 
 
@@ -407,7 +410,7 @@ def remarks(part):
 def label(part):
     """The words beside a part."""
     costs = f"without it: error {part['error_rise_percent']:+.1f} %"
-    return [f"part {part['part']}", costs, f"sure in {100 * part['sure_share']:.0f} % of images"]
+    return [f"part {part['part']}", costs, f"sure in {100 * part['sure_share']:.1f} % of images"]
 
 
 def captions(gallery):
@@ -541,7 +544,7 @@ def draw_page(findings, galleries):
         gallery, places = galleries[part["part"]], []
         for place, patch, occurs, photograph in zip(part["places"], gallery.patches, gallery.maps, gallery.photographs):
             photographs[place["image"]] = photograph
-            tiles = {"patch": as_uri(Image.fromarray(patch)), "occurs": as_uri(Image.fromarray(occurs))}
+            tiles = {"patch": as_uri(patch), "occurs": as_uri(Image.fromarray(occurs))}
             places.append({**place, **tiles, "name": place["file"] or f"image {place['image']}"})
         shown.append({**part, "places": places, "remarks": remarks(part)})
     most = max(0.1, *(part["error_rise_percent"] for part in shown))
@@ -549,24 +552,18 @@ def draw_page(findings, galleries):
     return page.render({**findings, "parts": shown}, photographs=photographs, most=most, sees=sees(findings))
 
 
-def shrunk(picture, longest):
-    """The PIL image, at most `longest` pixels wide and high."""
-    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    return picture
-
-
 def as_uri(picture):
     """The PIL image as a data URI: a small one, as of drawn scenes, exactly."""
     content, kind = io.BytesIO(), "png" if max(picture.size) <= 64 else "jpeg"
-    picture.save(content, kind, quality=85)
+    picture.save(content, kind, quality=80)
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def sees(findings):
-    """What a patch shows, and what the encoder has seen to find its place, in words."""
+    """What a patch shows, and what the model has seen to find its place, in words."""
     patch, field, size = findings["patch_size"], findings["receptive_field"], findings["size"]
     seen = f"the {field} pixels around it" if field < size else "the whole image"
-    return f"a patch shows {patch} of the {size} pixels across an image; to find its place, the encoder looks at {seen}"
+    return f"a patch shows {patch} of the {size} pixels across an image; to find its place, the model looks at {seen}"
 
 
 def say(findings, number, folder):
@@ -613,7 +610,7 @@ photograph.</p>
 <section id="part-{{ part.part }}"><header><h2>part {{ part.part }}</h2>
   <div class="bar" style="background-size: {{ [0, 100 * part.error_rise_percent / most] | max }}% 100%"></div>
   <span>without it the error rises by {{ part.error_rise_percent | round(1) }} %</span>
-  <span>sure in {{ (100 * part.sure_share) | round | int }} % of the images</span>
+  <span>sure in {{ (100 * part.sure_share) | round(1) }} % of the images</span>
   {% for name, count in part.classes_of_top_places.items() %}<span>{{ name }} {{ count }}</span>{% endfor %}
   {% for remark in part.remarks %}<span class="remark">{{ remark }}</span>{% endfor %}</header>
   <div class="places">{% for place in part.places %}
