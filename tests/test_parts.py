@@ -93,7 +93,7 @@ def test_statistics_are_those_of_all_maps_at_once(batch, steps):
     by_part, odds = maps.swapaxes(0, 1).reshape(5, -1), posterior.logits.flatten(2).numpy()  # B×N×cells
     for part in range(5):
         best = odds[:, part].max(axis=1)
-        assert found["order"][part].tolist() == sorted(range(60), key=lambda image: (-best[image], image))
+        assert found["order"][part].tolist() == sorted(range(60), key=lambda image: (-best[image], image))[:58]
         assert np.array_equal(odds[np.arange(60), part, found["cell"][:, part]], best)
     if steps is None:
         expected = np.corrcoef(by_part[:4])

@@ -41,7 +41,7 @@ SURE, ABSENT = 0.5, 0.01  # above it a part occurs surely; one that is placed no
 CORRELATED, SHARED, UPPER = 0.9, 0.5, 0.25  # see near_duplicates, and shared_places for the last
 CELLS = 3  # width of a patch in cells, where the encoder sees more than the image
 DECODED = 16_000_000  # pixels decoded to see what the parts contribute: a minute or less on a CPU core
-COLUMNS, LARGE, WHOLE = 8, 128, 400  # images in illustration.png and swap.png; pixels of these, of photographs
+MOST, COLUMNS, LARGE, WHOLE = 50, 8, 128, 400  # patches of a part, images in swap.png, pixels of these, of photographs
 STEPS, DIRECTIONS = (-3.0, -1.5, 0.0, 1.5, 3.0), 2  # of traversal.png, in standard deviations
 CONTENTS = ("parts.json", "parts.html", "parts.csv", "parts.png", "illustration.png", "swap.png", "traversal.png")
 
@@ -60,7 +60,7 @@ def build_parser():
                   "the images are large or the parts many)")
     parser.option("--batch-size", options.whole(1), 128, "K", "images encoded at once; fewer need less memory")
     parser.section("pictures")
-    parser.option("--patches", options.whole(1, 50), 12, "K", "patches of each part, each from another image")
+    parser.option("--patches", options.whole(1, MOST), 12, "K", "patches of each part, each from another image")
     parser.option("--patch-size", options.whole(1), None, "PIXELS", "side of a patch, in pixels of --size, which has "
                   "a cell in its middle (default: what the encoder sees; where that is more than the image, three "
                   "cells of --scale pixels, but no more than half of the image and no less than a cell)")
@@ -183,23 +183,24 @@ class Statistics:
         self.placed = placed.amax(dim=(0, 2, 3)).clamp_min(self.placed)
         best, place = odds.flatten(2).max(dim=2)  # B×N
         probability = posterior.occurrence.flatten(2).gather(2, place[..., None])[..., 0]
-        self.surest.append([values.cpu() for values in (best, probability, place)])
+        self.surest.append([values.cpu() for values in (best, probability, place.int())])
 
     def read(self):
         """The figures of the parts: a dict of arrays of N; of the surest cell in each image, B×N: odds, highest (the
-        probability), cell; order, N×B: the surest images first; correlation: N×N, deviations: N×d, directions: N×d×d.
+        probability), cell; order, N×at most B: the surest images; correlation: N×N, deviations: N×d, directions: N×d×d.
         """
         odds, highest, cell = (torch.cat(values).numpy() for values in zip(*self.surest))
+        order = np.argsort(-odds, axis=0, kind="stable")[: COLUMNS + MOST].T.copy()
         sums = {name: value.double().cpu().numpy() / len(odds) for name, value in self.sums.items()}
         rate, cells = sums["cell"].mean(1), sums["cell"].shape[1]
         spread = np.einsum("ndd->nd", sums["spread"]) - sums["appearance"] ** 2  # N×d, each latent by itself
         variance = np.maximum((sums["cell_square"] - sums["cell"] ** 2).max(1), spread.max(1))
         deviations, directions = principal(sums["appearance"], sums["spread"])
         return {
-            "odds": odds, "highest": highest, "cell": cell, "order": np.argsort(-odds, axis=0, kind="stable").T,
-            "strongest": highest.max(0), "rate": rate, "strongest_share": sums["strongest"] / cells,
+            "odds": odds, "highest": highest, "cell": cell, "order": order, "strongest": highest.max(0),
+            "rate": rate, "strongest_share": sums["strongest"] / cells, "placed": self.placed.cpu().numpy(),
             "lives": (variance > ACTIVE) & (self.placed.cpu().numpy() >= ABSENT), "variance": variance,
-            "placed": self.placed.cpu().numpy(), "correlation": correlation(rate, sums["products"] / cells),
+            "correlation": correlation(rate, sums["products"] / cells),
             "deviations": deviations, "directions": directions,
         }
 
@@ -603,8 +604,8 @@ PAGE = """<!doctype html>
 </style>
 <h1>{{ parts | length }} parts in {{ "{:,}".format(images) }} images</h1>
 <p>Data: {{ dataset }}, {{ split }}. Each part is shown where the model is surest of it, one place in an image, the
-surest first. The number is the probability that the part occurs there; {{ sees }}. Click a patch to see its
-photograph.</p>
+surest first. The number is the probability that the part occurs there; {{ sees }}. Click a patch to see the
+whole image.</p>
 <p>The parts whose absence costs most come first: the bar shows how the reconstruction error rises without them.</p>
 {% for part in parts %}
 <section id="part-{{ part.part }}"><header><h2>part {{ part.part }}</h2>
@@ -625,8 +626,8 @@ photograph.</p>
 <dialog><p id="words"></p>
   <div class="pair"><div><img id="whole" alt="the photograph"><i id="frame"></i></div>
     <div><img id="occurs" alt="where the part occurs"></div></div>
-  <p>Left the photograph, right what the model sees of it: it keeps its colours where the part occurs; the line encloses
-  what is above one half.</p></dialog>
+  <p>Left the whole image, right what the model sees of it: there it keeps its colours where the part occurs; the line
+  encloses what is above one half.</p></dialog>
 <script>
   const photographs = {{ photographs | tojson }}, at = (id) => document.getElementById(id);
   const dialog = document.querySelector("dialog");
