@@ -479,8 +479,11 @@ def choose_cache(wanted, sources, size, device, folder):
             f"--cache {wanted}: {amount(needed)} of decoded images do not fit into {amount(free[mode])} of free "
             "memory; use --cache disk or none"
         )
-    places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}", "none": "nowhere"}
-    print(f"cache: {amount(needed)} of decoded images are kept {places[mode]}")
+    places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}"}
+    if mode in places:
+        print(f"cache: {amount(needed)} of decoded images are kept {places[mode]}")
+    else:
+        print("cache: none: an image is decoded whenever it is needed")
     return mode
 
 
