@@ -27,8 +27,18 @@ import classifier  # noqa: E402
 import modules  # noqa: E402
 import run  # noqa: E402
 from utils import checkpoints, console, features, grids, jobs, options, runtime, standings, tracking  # noqa: E402
-from utils.rows import ALL, RECIPE, ablation_rows, all_frozen, contrasts, cuts_of, floor_of, table_rows  # noqa: E402
-from utils.rows import typed_again, unsupervised  # noqa: E402
+from utils.rows import (  # noqa: E402  # noqa: E402
+    ALL,
+    RECIPE,
+    ablation_rows,
+    all_frozen,
+    contrasts,
+    cuts_of,
+    floor_of,
+    table_rows,
+    typed_again,
+    unsupervised,
+)
 
 HEAD = ["--standardise", "--lr", "0.03"]  # classifier.py's own 0.1 is for whole networks
 SUPERVISED = ["--arch", "resnet18", "--lr", "0.1"]
