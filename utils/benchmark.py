@@ -39,7 +39,7 @@ from utils.batches import open_batches
 
 HEAD = "--arch patchy --random-init --freeze -1 --inet --lr 0.01"
 TINY = "--size 16 --scale 4 --ngf 8 --encoder-arch pyramid --workers 0"
-# Script, its options, width and height of the JPEG files, images of a batch on a GPU, and on a CPU: fewer, as it is slow.
+# Script, its options, width and height of the JPEG files, images of a batch on a GPU and on a CPU, which is slower.
 SETTINGS = {
     "cifar": ("run", "--size 32 --inet", (32, 32), 128, 128),
     "places": ("run", "--size 64 --inet", (256, 256), 128, 64),
@@ -142,11 +142,10 @@ def measure(script, typed, rounds, steps):
     flops = {name: flops_per_image(loop) for name, loop in loops.items()}
     for loop in loops.values():
         turn(loop, 2)  # kernels are chosen or compiled
-    turns = {name: [] for name in loops}
+    turns, figures = {name: [] for name in loops}, {}
     for _ in range(rounds):
         for name, loop in loops.items():
             turns[name].append((*turn(loop, steps), product_rate(loop)))
-    figures = {}
     for name in loops:
         whole, step, waiting, rate = np.median(turns[name], axis=0).tolist()
         reached, memory = flops[name] / step, in_own_process(peak_memory, name, script, typed)
