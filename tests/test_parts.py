@@ -116,7 +116,7 @@ def test_log_odds_rank_what_rounds_to_probability_one():
     torch.testing.assert_close(parts.log_odds(logits, categorical=True), logits.softmax(dim=1).logit())
     found = parts.log_odds(100 * logits.float(), categorical=True).flatten(2)
     assert found.isfinite().all() and len(found.unique()) == 48
-    assert parts.log_odds(logits[:, :1], categorical=True).gt(1e9).all()  # a single part is where it has to be
+    assert parts.log_odds(logits[:, :1], categorical=True).gt(9e8).all()  # a single part is everywhere
 
 
 def test_places_are_ranked_by_log_odds_and_show_the_probability(make):
