@@ -95,14 +95,15 @@ def main(argv=None):
     sight = receptive_field(nn.Sequential(model.encoder, model.occurrence.convolution))
     findings |= {"images": len(images), "ablation_images": len(examples), "reconstruction_error": found["error"]}
     findings |= {"receptive_field": sight, "patch_size": settings.patch_size, "parts": parts}
-    shown = by_contribution(parts)[: settings.shown]
+    pairs = [(part, galleries[part["part"]]) for part in by_contribution(parts)]
+    shown = pairs[: settings.shown]
     pictures = {
-        "parts": draw_parts(findings, shown, galleries),
+        "parts": draw_parts(findings, shown),
         "illustration": draw_illustration(more, found["strongest"][number], settings.patches),
         "swap": draw_swap(model, images, more, found["directions"][number, 0]),
-        "traversal": draw_traversal(model, images, found, shown, galleries),
+        "traversal": draw_traversal(model, images, found, shown),
     }
-    write(folder, pictures, findings, draw_page(findings, galleries), list_images(settings, images.source, found))
+    write(folder, pictures, findings, draw_page(findings, pairs), list_images(settings, images.source, found))
     say(findings, number, folder)
     return findings
 
@@ -267,8 +268,7 @@ class Gallery(NamedTuple):
     posterior: modules.Posterior  # of these images
     places: list  # of dicts, see open_gallery
     patches: list  # PIL images around the surest cells, at most LARGE pixels wide
-    crops: list  # tiles of what the model sees of each photograph, LARGE pixels wide
-    frames: list  # where the patches lie in them
+    framed: list  # tiles of what the model sees of each photograph, LARGE pixels wide, with a frame around the patch
     maps: list  # the same tiles, where the part occurs highlighted
     photographs: list  # data URIs
 
@@ -278,7 +278,7 @@ def open_gallery(settings, model, images, found, part, count):
     """The Gallery of a part's `count` surest images. Boxes: left, top, right, bottom, the last two just outside."""
     source, size = images.source, settings.size
     numbers = found["order"][part, :count]
-    gallery = Gallery(part, model.encode(images.chosen(numbers)), *([] for _ in range(6)))
+    gallery = Gallery(part, model.encode(images.chosen(numbers)), *([] for _ in range(5)))
     occurrence = gallery.posterior.occurrence[:, part].cpu().numpy()  # B×h×w
     for number, probability in zip(numbers.tolist(), occurrence):
         photograph = source.image(number).convert("RGB")
@@ -290,9 +290,9 @@ def open_gallery(settings, model, images, found, part, count):
             "probability": float(found["highest"][number, part]), "cell": [int(place) for place in cell],
             "box": box, "of": list(photograph.size),
         })
+        frame = (np.array(box) - seen[:2] * 2) * LARGE / (seen[2] - seen[0])  # the box in the crop
         gallery.patches.append(photograph.crop(box))
-        gallery.crops.append(crop)
-        gallery.frames.append([(place - seen[i % 2]) * LARGE / (seen[2] - seen[0]) for i, place in enumerate(box)])
+        gallery.framed.append(figures.framed(crop, frame.tolist()))
         gallery.maps.append(figures.highlight(crop, probability, max(SURE, found["strongest"][part])))
         for picture, longest in ((gallery.patches[-1], LARGE), (photograph, WHOLE)):
             picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)  # which never enlarges
@@ -419,27 +419,24 @@ def captions(gallery):
     return [f"{place['probability']:.2f} {place['class'] or ''}" for place in gallery.places]
 
 
-def which(findings, shown):
-    some = f"the {len(shown)} of {len(findings['parts'])}" if len(shown) < len(findings["parts"]) else "all"
+def which(shown, parts):
+    some = f"the {len(shown)} of {parts}" if len(shown) < parts else "all"
     return f"Shown are {some} parts, those first whose absence costs most."
 
 
-def draw_parts(findings, shown, galleries):
-    """The patches of each part in `shown`."""
-    rows = []
-    for part in shown:
-        gallery = galleries[part["part"]]
-        rows.append(Row(label(part), gallery.patches, captions(gallery), remarks(part)))
+def draw_parts(findings, shown):
+    """The patches of each part in `shown`, a list of pairs: what describe() says of it, and its Gallery."""
+    rows = [Row(label(part), gallery.patches, captions(gallery), remarks(part)) for part, gallery in shown]
     where = f"{findings['images']:,} images of {findings['dataset']} ({findings['split']})"
     heading = f"Where each part is surest in {where}, one place in an image; below it the part's probability there. "
-    return table(rows, [heading + which(findings, shown)])
+    return table(rows, [heading + which(shown, len(findings['parts']))])
 
 
 def draw_illustration(gallery, strongest, patches):
     """Images, where the part occurs in them, and the same part in other images."""
-    crops = [figures.framed(*pair) for pair in zip(gallery.crops[:COLUMNS], gallery.frames)]
     where = ["where it occurs", f"in colour: {max(SURE, strongest):.2f}", "line: above one half"]
-    rows = [Row([f"part {gallery.part}", "frame: its surest place"], crops), Row(where, gallery.maps[:COLUMNS])]
+    images = [f"part {gallery.part}", "frame: its surest place"]
+    rows = [Row(images, gallery.framed[:COLUMNS]), Row(where, gallery.maps[:COLUMNS])]
     for first in range(COLUMNS, min(COLUMNS + patches, len(gallery.places)), COLUMNS):
         some = slice(first, min(first + COLUMNS, COLUMNS + patches))
         words = ["the same part", "in other images"] if first == COLUMNS else []
@@ -458,10 +455,9 @@ def draw_swap(model, images, gallery, direction):
     before, after = (decoded(model, images, each) for each in (mine, swapped(mine, other, part)))
     changes = np.abs(after.astype(float) - before).mean(axis=3) / 255  # B×H×W
     most = max(1e-9, changes.max())
-    crops = [figures.framed(*pair) for pair in zip(gallery.crops, gallery.frames)]
     rows = [
-        Row(["images A", f"frame: part {part}"], [crops[place] for place in a]),
-        Row(["images B", f"frame: part {part}"], [crops[place] for place in b]),
+        Row(["images A", f"frame: part {part}"], [gallery.framed[place] for place in a]),
+        Row(["images B", f"frame: part {part}"], [gallery.framed[place] for place in b]),
         Row(["A, reconstructed"], list(before)),
         Row(["the same with the", f"appearance of part {part}", "in B"], list(after)),
         Row(["the difference", f"yellow: {100 * most:.0f} % of white"],
@@ -479,22 +475,21 @@ def swapped(mine, other, part):
     return mine._replace(mean=mean)
 
 
-def draw_traversal(model, images, found, shown, galleries):
+def draw_traversal(model, images, found, shown):
     """For each part in `shown`: its surest image, decoded with the part's appearance moved."""
     directions, rows = range(min(DIRECTIONS, model.appearance_size)), []
     words = ["", *("as it is" if step == 0 else f"{step:+g} sd" for step in STEPS)]
-    for part in shown:
-        number, gallery = part["part"], galleries[part["part"]]
-        tiles = [figures.framed(gallery.crops[0], gallery.frames[0]), gallery.maps[0]]
+    for part, gallery in shown:
+        tiles = [gallery.framed[0], gallery.maps[0]]
         for direction in directions:
-            vector, deviation = (found[name][number, direction] for name in ("directions", "deviations"))
-            tiles += [None, *decoded(model, images, moved(gallery.posterior, number, deviation * vector))]
+            vector, deviation = (found[name][gallery.part, direction] for name in ("directions", "deviations"))
+            tiles += [None, *decoded(model, images, moved(gallery.posterior, gallery.part, deviation * vector))]
         rows.append(Row(label(part), tiles, ["image", "where", *words * len(directions)], remarks(part)))
     heading = [
         "Each part in the image where it is surest; its appearance is moved along the directions in which it varies",
         "most over all images, the strongest left, in standard deviations (sd). Its places and all other parts stay.",
     ]
-    return table(rows, [*heading, which({"parts": galleries}, shown)])
+    return table(rows, [*heading, which(shown, model.parts)])
 
 
 def moved(posterior, part, deviation):
@@ -538,24 +533,22 @@ def list_images(settings, source, found):
     return text.getvalue()
 
 
-def draw_page(findings, galleries):
+def draw_page(findings, pairs):
     """parts.html as str: all that it shows is in it."""
-    photographs, shown = {}, []
-    for part in by_contribution(findings["parts"]):
-        gallery, places = galleries[part["part"]], []
-        for place, patch, occurs, photograph in zip(part["places"], gallery.patches, gallery.maps, gallery.photographs):
-            photographs[place["image"]] = photograph
-            tiles = {"patch": as_uri(patch), "occurs": as_uri(Image.fromarray(occurs))}
-            places.append({**place, **tiles, "name": place["file"] or f"image {place['image']}"})
-        shown.append({**part, "places": places, "remarks": remarks(part)})
-    most = max(0.1, *(part["error_rise_percent"] for part in shown))
+    photographs, rows = {}, []
+    for part, gallery in pairs:
+        places = zip(gallery.places, map(as_uri, gallery.patches), map(as_uri, gallery.maps))
+        rows.append((part, list(places), remarks(part)))
+        photographs |= zip((place["image"] for place in gallery.places), gallery.photographs)
+    most = max(0.1, *(part["error_rise_percent"] for part, _ in pairs))
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
-    return page.render({**findings, "parts": shown}, photographs=photographs, most=most, sees=sees(findings))
+    return page.render(findings, rows=rows, photographs=photographs, most=most, sees=sees(findings))
 
 
-def as_uri(picture):
-    """The PIL image as a data URI: a small one, as of drawn scenes, exactly."""
-    content, kind = io.BytesIO(), "png" if max(picture.size) <= 64 else "jpeg"
+def as_uri(tile):
+    """A tile or PIL image as a data URI: a small one, as of drawn scenes, exactly."""
+    picture, content = Image.fromarray(np.asarray(tile)), io.BytesIO()
+    kind = "png" if max(picture.size) <= 64 else "jpeg"
     picture.save(content, kind, quality=80)
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
@@ -607,20 +600,20 @@ PAGE = """<!doctype html>
 surest first. The number is the probability that the part occurs there; {{ sees }}. Click a patch to see the
 whole image.</p>
 <p>The parts whose absence costs most come first: the bar shows how the reconstruction error rises without them.</p>
-{% for part in parts %}
+{% for part, places, remarks in rows %}
 <section id="part-{{ part.part }}"><header><h2>part {{ part.part }}</h2>
   <div class="bar" style="background-size: {{ [0, 100 * part.error_rise_percent / most] | max }}% 100%"></div>
   <span>without it the error rises by {{ part.error_rise_percent | round(1) }} %</span>
   <span>sure in {{ (100 * part.sure_share) | round(1) }} % of the images</span>
   {% for name, count in part.classes_of_top_places.items() %}<span>{{ name }} {{ count }}</span>{% endfor %}
-  {% for remark in part.remarks %}<span class="remark">{{ remark }}</span>{% endfor %}</header>
-  <div class="places">{% for place in part.places %}
-    <button data-photograph="{{ place.image }}" data-occurs="{{ place.occurs }}" data-frame="
+  {% for remark in remarks %}<span class="remark">{{ remark }}</span>{% endfor %}</header>
+  <div class="places">{% for place, patch, occurs in places %}{% set name = place.file or "image %s" % place.image %}
+    <button data-photograph="{{ place.image }}" data-occurs="{{ occurs }}" data-frame="
       left: {{ 100 * place.box[0] / place.of[0] }}%; width: {{ 100 * (place.box[2] - place.box[0]) / place.of[0] }}%;
       top: {{ 100 * place.box[1] / place.of[1] }}%; height: {{ 100 * (place.box[3] - place.box[1]) / place.of[1] }}%"
-      title="part {{ part.part }} in {{ place.name }}"><img src="{{ place.patch }}" alt="">
+      title="part {{ part.part }} in {{ name }}"><img src="{{ patch }}" alt="">
       <span><b>{{ "%.2f" | format(place.probability) }}</b> {{ place["class"] or "" }}</span>
-      <span>{{ place.name.split("/")[-1] }}</span></button>{% endfor %}
+      <span>{{ name.split("/")[-1] }}</span></button>{% endfor %}
   </div></section>
 {% endfor %}
 <dialog><p id="words"></p>
