@@ -5,255 +5,221 @@
 """
 
 import argparse
-import math
+import copy
+import csv
+import os
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import sklearn.metrics
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import modules
 from datasets import DATA_SETS, open_split
-from utils import checkpoints, console, features, loop, options, ranks, recognition, runtime, tracking
+from utils import batches, features, figures, options, runtime, training
+from utils.options import above, real, whole
+from utils.runtime import RunError, UsageError
 
 SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the encoders that run.py trains
 # Options that a resumed run may change: they do not touch its figures.
 FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "save_minutes", "no_cuda")
-CHECKPOINTS = "checkpoints_classifier"  # the folder of the last three states; checkpoint.pt is the newest of them
-CONTENTS = ("classifier_args.json", "checkpoint.pt", CHECKPOINTS, "best.pt", "classifier.jsonl", "logs_classifier")
+CHECKPOINTS = "checkpoints_classifier"  # the folder of the last three states
+CONTENTS = ("classifier_args.json", CHECKPOINTS, "best.pt", "classifier.jsonl", "logs_classifier")
 CONTENTS += ("results.json", "per_class.csv", "confusion.png")  # of the output folder
+KEPT = ("best.pt", "results.json", f"{CHECKPOINTS}/step_*.pt")  # without one of them, it holds nothing to lose
+# What results.json says of how the figures came about: always, and where a head or a network was trained.
+PROTOCOL = ("arch", "encoder_arch", "scale", "pretrained", "random_init", "label_fraction", "freeze")
+TRAINED_WITH = ("standardise", "epochs", "step", "lr", "momentum", "wd", "batch_size", "precision")
+
+
+class Run(training.Run):
+    """The files of a classifier's training, which may lie beside those of run.py."""
+
+    checkpoints, lines, logs, tag = CHECKPOINTS, "classifier.jsonl", "logs_classifier", "{name}/{split}"
 
 
 def build_parser():
-    parser = console.Parser(description=__doc__)
+    parser = options.Parser(description=__doc__)
     options.add_data_options(parser)
-    model = options.add_model_options(parser)
-    model.add_argument(
-        "--arch", default="alexnet", choices=(*SUPERVISED, *modules.ARCHS),
-        help="alexnet, resnet18: the whole network; patchy, vae: the encoder that run.py trains (default: %(default)s)",
-    )
-    model.add_argument(
-        "--pretrained", metavar="FILE",
-        help="take the encoder's weights from this model.pt, which knows its model options; resnet18 takes what fits",
-    )
-    model.add_argument(
-        "--random-init", action="store_true",
-        help="keep the encoder's random weights, also under --freeze: the floor that training has to beat",
-    )
-    model.add_argument(
-        "--freeze", type=freeze_type, default=0, metavar="K",
-        help="freeze the encoder's first K children, or all (-1), or the paper's conv1, conv1-3, conv1-5 "
-        "(default: %(default)s)",
-    )
-    probe = parser.add_argument_group("what to train")
-    probe.add_argument(
-        "--standardise", action="store_true",
-        help="bring every feature to mean 0 and deviation 1 before the head, by the statistics of batches: features "
-        "that are learned without labels differ much in scale",
-    )
-    probe.add_argument(
-        "--linear", action="store_true",
-        help="instead of the head: logistic regression on the features where --freeze ends, by default the last; maps "
-        f"of more than {features.LARGEST:,} numbers are averaged down to that",
-    )
-    probe.add_argument(
-        "--knn", action="store_true", help="instead of the head: a vote of the nearest training images, likewise"
-    )
-    probe.add_argument(
-        "--label-fraction", type=console.above(0, 1), default=1.0, metavar="P",
-        help="share of every class's training labels to use, e.g. 0.01 (default: all)",
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=console.whole(1), default=90, metavar="K", help="(default: %(default)s)")
-    training.add_argument(
-        "--step", type=console.whole(1), default=30, metavar="K",
-        help="the learning rate falls to a tenth every K epochs (default: %(default)s)",
-    )
-    training.add_argument(
-        "--start-epoch", type=console.whole(0), default=0, metavar="K",
-        help="count the first K epochs as done; --resume knows by itself (default: %(default)s)",
-    )
-    training.add_argument(
-        "-b", "--batch-size", type=console.whole(1), default=256, metavar="K",
-        help="images of one step (default: %(default)s)"
-    )
-    training.add_argument(
-        "--lr", type=console.above(0), default=0.1, metavar="X",
-        help="SGD's learning rate at the start (default: %(default)s)"
-    )
-    training.add_argument(
-        "--momentum", type=console.real(0, 1), default=0.9, metavar="X", help="of SGD (default: %(default)s)"
-    )
-    training.add_argument(
-        "--wd", "--weight-decay", type=console.real(0), default=1e-4, metavar="X",
-        help="weight decay (default: %(default)s)"
-    )
-    training.add_argument(
-        "--seed", type=console.seed, default=1, metavar="K",
-        help="of weights, order and dropout (default: %(default)s)"
-    )
-    options.add_speed_options(training)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output-folder", default="./scratch", metavar="DIR",
-        help="where best.pt, checkpoint.pt, results.json and the rest go (default: %(default)s)",
-    )
-    output.add_argument("--overwrite", action="store_true", help="replace the classifier that the output folder holds")
-    output.add_argument(
-        "--resume", nargs="?", const="", metavar="PATH",
-        help="go on with the run of this folder or checkpoint (default: the output folder), with its options",
-    )
-    output.add_argument(
-        "-e", "--evaluate", action="store_true", help="only test: the output folder's best.pt, or --resume PATH"
-    )
-    output.add_argument(
-        "-p", "--print-freq", type=console.whole(1), default=10, metavar="K",
-        help="steps between logged figures (default: %(default)s)"
-    )
-    options.add_save_minutes(output)
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
-    machine.add_argument("--gpu", type=console.whole(0), metavar="K", help="use this GPU (default: the first)")
+    options.add_model_options(parser)
+    parser.option("--arch", (*SUPERVISED, *modules.ARCHS), "alexnet", None,
+                  "alexnet, resnet18: the whole network; patchy, vae: the encoder that run.py trains, as --pretrained "
+                  "knows by itself")
+    parser.option("--pretrained", options.model_file, None, "FILE",
+                  "take the encoder's weights from this model.pt, which knows its model options; resnet18 takes what "
+                  "fits")
+    parser.switch("--random-init",
+                  "keep the encoder's random weights, also under --freeze: the floor that training has to beat")
+    parser.option("--freeze", freeze_type, 0, "K",
+                  "freeze the encoder's first K children, or all (-1), or the paper's conv1, conv1-3, conv1-5")
+    parser.section("what to train")
+    parser.switch("--standardise",
+                  "bring every feature to mean 0 and deviation 1 before the head, by the statistics of batches: "
+                  "features that are learned without labels differ much in scale")
+    parser.switch("--linear",
+                  "instead of the head: logistic regression on the features where --freeze ends, by default the last; "
+                  f"maps of more than {features.LARGEST:,} numbers are averaged down to that")
+    parser.switch("--knn", "instead of the head: a vote of the nearest training images, likewise")
+    parser.switch("--no-floor", "with --linear and --knn: do not judge random weights, too, which takes as long again")
+    parser.option("--label-fraction", above(0, 1), 1.0, "P",
+                  "share of every class's training labels to use, e.g. 0.01")
+    parser.section("training")
+    parser.option("--epochs --num-epochs", whole(1), 90, "K", "how long")
+    parser.option("--step", whole(1), 30, "K", "the learning rate falls to a tenth every K epochs")
+    parser.option("--start-epoch", whole(0), 0, "K", "count the first K epochs as done; --resume knows by itself")
+    parser.option("-b --batch-size", whole(1), 256, "K", "images of one step")
+    parser.option("--lr --learning-rate", above(0), 0.1, "X", "SGD's learning rate at the start")
+    parser.option("--momentum", real(0, 1), 0.9, "X", "of SGD")
+    parser.option("--wd --weight-decay", real(0), 1e-4, "X", "weight decay")
+    parser.option("--seed", options.seed, 1, "K", "of weights, order and dropout")
+    options.add_run_options(parser)
+    parser.switch("-e --evaluate", "only test: the output folder's best.pt, or --resume PATH")
+    parser.option("-p --print-freq", whole(1), 10, "K", "steps between logged figures")
+    parser.option("--gpu", whole(0), None, "K", "use this GPU (default: the first)")
     for name in ("--world-size", "--rank", "--dist-url", "--dist-backend"):
-        machine.add_argument(name, metavar="X", help="accepted for old scripts and ignored")
-    machine.add_argument("--multiprocessing-distributed", action="store_true", help="likewise")
+        parser.option(name, str, None, "X", "accepted for old scripts and ignored")
+    parser.switch("--multiprocessing-distributed", "likewise")
     return parser
 
 
 def freeze_type(text):
     """An argparse type: conv1, conv1-3, conv1-5 or a whole number from -1."""
-    if text in modules.CUTS:
+    if text in features.CUTS:
         return text
     try:
-        return console.whole(-1)(text)
+        return whole(-1)(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
-            f"'{text}' is neither a whole number of -1 or more nor {', '.join(modules.CUTS)}"
+            f"'{text}' is neither a whole number of -1 or more nor {', '.join(features.CUTS)}"
         ) from None
 
 
 def parse(argv):
-    """The checked options, the content of the --pretrained file and that of the checkpoint to go on from (or None)."""
+    """The Settings, the content of the --pretrained file and that of the checkpoint to go on from (or None)."""
     parser = build_parser()
-    args, given = parser.parse_args(argv), parser.given(argv)
-    args.typed = {name: getattr(args, name) for name in given}
-    options.settle_resume(args, CHECKPOINTS)
-    if args.resume is not None or args.evaluate:
-        return args, None, find_checkpoint(args, given)
-    file = checkpoints.load(args.pretrained, checkpoints.MODEL) if args.pretrained else None
-    arch = args.arch
+    typed, file = parser.typed(argv), None
+    values = options.merge(parser.defaults, {}, typed)
+    checkpoint, folder = find_checkpoint(values)
+    if checkpoint:
+        free = (*FREE, "batch_size") if values["evaluate"] else FREE
+        values = options.follow_run(parser.defaults, checkpoint["args"], typed, free) | {"output_folder": folder}
+        return options.Settings(**values), None, checkpoint
+    if values["pretrained"]:
+        file = training.load(values["pretrained"], training.MODEL)
+        values["arch"] = typed.get("arch", file["options"]["arch"])
+    arch, contradicted = values["arch"], [name for name in options.DESCRIBED if name != "size"]
     if arch in SUPERVISED:
-        check_whole_network(args, given)
-        given.discard("arch")  # it names this network, not the one in the file
+        contradicted.remove("arch")  # it names this network, not the one in the file
+        if not file:
+            check_whole_network(arch, typed)
     if file:
-        options.follow_file(args, given, file["options"], args.pretrained, free=("size",))
+        saved = {**file["options"], "pretrained": values["pretrained"]}
+        values = options.merge(parser.defaults, saved, typed, contradicted, values["pretrained"])
+        options.check_channels(values["dataset"], file["options"], values["pretrained"])
     if arch in SUPERVISED:
-        args.arch = args.encoder_arch = arch
-        args.scale = modules.FIXED_STRIDE[arch]
-    options.complete(args, given)
-    if args.start_epoch >= args.epochs:
-        raise console.UsageError(f"--start-epoch {args.start_epoch} leaves none of --epochs {args.epochs} to train")
-    untrained = not (args.pretrained or args.random_init)
-    if untrained and (args.freeze != 0 or args.linear or args.knn):
-        flag = "--freeze" if args.freeze != 0 else "--linear" if args.linear else "--knn"
-        raise console.UsageError(
-            f"{flag} needs a trained encoder: give --pretrained FILE, or --random-init for the floor"
+        values |= {"arch": arch, "encoder_arch": arch, "scale": modules.FIXED_STRIDE[arch]}
+    values = {**options.complete(values, typed), "fresh": ()}
+    check(values)
+    return options.Settings(**values), file, None
+
+
+def check(values):
+    """Raises UsageError for options that exclude each other."""
+    if values["start_epoch"] >= values["epochs"]:
+        raise UsageError(f"--start-epoch {values['start_epoch']} leaves none of --epochs {values['epochs']} to train")
+    wanting = [flag for flag in ("freeze", "linear", "knn") if values[flag] not in (0, False)]
+    if wanting and not (values["pretrained"] or values["random_init"]):
+        raise UsageError(
+            f"--{wanting[0]} needs a trained encoder: give --pretrained FILE, or --random-init for the floor"
         )
-    return args, file, None
 
 
-def check_whole_network(args, given):
-    """Refuse options of the encoder that this network has not, unless a model file is there to agree with them."""
-    if args.pretrained:
-        return
-    scale = modules.FIXED_STRIDE[args.arch]
-    if "scale" in given and args.scale != scale:
-        raise console.UsageError(f"--scale {args.scale}: --arch {args.arch} is a whole network of scale {scale}")
-    if "encoder_arch" in given and args.encoder_arch not in ("resnet", args.arch):
-        raise console.UsageError(f"--encoder-arch {args.encoder_arch} contradicts --arch {args.arch}; leave one out")
+def check_whole_network(arch, typed):
+    """Refuse options of the encoder that this network has not."""
+    scale = modules.FIXED_STRIDE[arch]
+    if typed.get("scale", scale) != scale:
+        raise UsageError(f"--scale {typed['scale']}: --arch {arch} is a whole network of scale {scale}")
+    if typed.get("encoder_arch", arch) not in ("resnet", arch):
+        raise UsageError(f"--encoder-arch {typed['encoder_arch']} contradicts --arch {arch}; leave one out")
 
 
-def find_checkpoint(args, given):
-    """The content of the checkpoint that --resume or --evaluate means; `args` follows it."""
-    place = Path(args.resume or args.output_folder)
-    folder = place.parent if place.is_file() or place.name == CHECKPOINTS else place
-    folder = folder.parent if folder.name == CHECKPOINTS else folder
-    if place.is_file() or args.evaluate:
-        checkpoint = checkpoints.load(place if place.is_file() else folder / "best.pt", checkpoints.CLASSIFIER)
-    else:
-        checkpoint = checkpoints.newest(str(folder / CHECKPOINTS), checkpoints.CLASSIFIER)
-    if not args.evaluate:
-        options.own_folder(args, given, str(folder), CONTENTS[0])
-    options.follow_run(args, given, checkpoint["args"], (*FREE, "batch_size") if args.evaluate else FREE)
-    return checkpoint
+def find_checkpoint(values):
+    """The content of the checkpoint that --resume or --evaluate means, and the run's folder; None twice for neither."""
+    place = values["resume"] or values["output_folder"]
+    if values["evaluate"]:
+        path = place if os.path.isfile(place) else os.path.join(place, "best.pt")
+        return training.load(path, training.CLASSIFIER), values["output_folder"]
+    if values["resume"] is None:
+        return None, None
+    return training.find_run(values, CHECKPOINTS, training.CLASSIFIER)[::-1]
 
 
-@ranks.together
+@runtime.together
 def main(argv=None):
     """Train, probe or evaluate as `argv` says; returns the figures, as results.json holds them: a dict."""
-    args, file, checkpoint = parse(argv)
-    if not args.evaluate:
-        tracking.check_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
-    device = runtime.choose_device(args.no_cuda, args.gpu)
-    args.precision = runtime.choose_precision(args.precision, device)  # kept: a resumed run must not change it
-    sources = labelled_sources(args)
+    settings, file, checkpoint = parse(argv)
+    folder = Path(settings.output_folder)
+    if not settings.evaluate:
+        folder = training.prepare_folder(folder, CONTENTS, KEPT, settings.overwrite, keep=checkpoint is not None)
+    device = runtime.choose_device(settings.no_cuda, settings.gpu)
+    settings = settings.changed(precision=runtime.choose_precision(settings.precision, device))
+    sources = labelled_sources(settings)
     classes = sources[0].classes
-    *train, test = opened = options.open_batches(args, sources[1:] if args.evaluate else sources, device)
-    torch.manual_seed(args.seed)
-    model = runtime.channels_last(build_model(args, len(classes)).to(device))
-    images = f"{options.count_images(opened)} of {len(classes)} classes"
-    print(f"{args.dataset}: {images}, {args.size} px, {runtime.describe(device)}")
+    *train, test = opened = batches.open_batches(settings, sources[1:] if settings.evaluate else sources, device)
+    torch.manual_seed(settings.seed)
+    model = runtime.channels_last(build_model(settings, len(classes)).to(device))
+    images = f"{batches.count_images(opened)} of {len(classes)} classes"
+    print(f"{settings.dataset}: {images}, {settings.size} px, {runtime.describe(device)}")
+    untrained = copy.deepcopy(model.encoder)
     if checkpoint:
         check_classes(checkpoint, classes)
         model.load_state_dict(checkpoint["model"])
+    elif file and not settings.random_init:
+        settings = settings.changed(fresh=load_encoder(model, file["model"], settings.pretrained))
+    prepare_layers(settings, model)
+    if settings.evaluate:
+        found, _, _ = evaluate(model, test.in_order(settings.batch_size), len(test))
+        print(f"test  {in_words(found)}")
+        return found
+    if runtime.is_main():
+        runtime.write_json(folder / "classifier_args.json", {**vars(settings), **runtime.record()})
+    if settings.linear or settings.knn:
+        results, scores, labels = probe(settings, model, untrained, *train, test)
     else:
-        load = file and not args.random_init
-        args.fresh = load_encoder(model, file["model"], args.pretrained) if load else []  # kept for --resume
-    prepare_layers(args, model)
-    if args.evaluate:
-        figures, _, _ = evaluate(model, test, args.batch_size)
-        print(f"test  {recognition.in_words(figures)}")
-        return figures
-    folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
-    if ranks.is_main():
-        tracking.write_json(folder / "classifier_args.json", {**vars(args), **runtime.record()})
-    judge = probe if args.linear or args.knn else fit
-    results, scores, labels = judge(args, model, *train, test, folder, checkpoint)
-    if ranks.is_main():
-        recognition.write(args, folder, model.frozen, classes, results, scores, labels)
+        results, scores, labels = fit(settings, model, *train, test, folder, checkpoint)
+    if runtime.is_main():
+        write(settings, folder, model.frozen, classes, results, scores, labels)
     return results
 
 
 # ---------------------------------------------------------------------------------------------------- data and model
 
 
-def labelled_sources(args):
+def labelled_sources(settings):
     """The training images, as many as --label-fraction wants, and the test images: a tuple.
 
     Their labels mean the same classes. Raises RunError.
     """
-    with ranks.main_first():
-        train, test = (open_split(args.dataset, args.data_folder, split, args.size) for split in ("train", "test"))
+    place = settings.dataset, settings.data_folder
+    with runtime.main_first():
+        train, test = (open_split(*place, split, settings.size) for split in ("train", "test"))
     for source in (train, test):
         if source.labels is None:
-            raise console.RunError(
-                f"{args.data_folder}: images without classes; a classifier needs train/CLASS/* and val/CLASS/*, "
-                    "or CLASS/*"
-            )
-    if test.classes != train.classes:
-        number = {name: label for label, name in enumerate(train.classes)}
-        unknown = sorted(test.classes[label] for label in np.unique(test.labels) if test.classes[label] not in number)
-        if unknown:
-            raise console.RunError(
-                f"{args.data_folder}: test images of the class {unknown[0]}, which has no training images"
-            )
-        test.labels = np.array([number.get(name, -1) for name in test.classes])[test.labels]
+            raise RunError(f"{settings.data_folder}: images without classes; a classifier needs train/CLASS/* and "
+                           "val/CLASS/*, or CLASS/*")
+    unknown = np.unique(test.labels[test.labels >= len(train.classes)])
+    if len(unknown):
+        raise RunError(
+            f"{settings.data_folder}: test images of the class {test.classes[unknown[0]]}, which has no training images"
+        )
     if len(train.classes) < 2:
-        raise console.RunError(f"--dataset {args.dataset} has a single class; there is nothing to tell apart")
-    if args.label_fraction < 1:
-        train = train.subset(few_labels(train.labels, args.label_fraction, args.seed))
+        raise RunError(f"--dataset {settings.dataset} has a single class; there is nothing to tell apart")
+    if settings.label_fraction < 1:
+        train = train.subset(few_labels(train.labels, settings.label_fraction, settings.seed))
     return train, test
 
 
@@ -265,19 +231,19 @@ def few_labels(labels, fraction, seed):
         count = round(fraction * len(members))
         if count == 0:
             least = 1 / np.bincount(labels)[np.unique(labels)].min()
-            raise console.UsageError(
+            raise UsageError(
                 f"--label-fraction {fraction:g} leaves a class without an image; use {least:.2g} or more"
             )
         chosen.append(generator.permutation(members)[:count])
     return np.sort(np.concatenate(chosen))
 
 
-def build_model(args, classes):
-    """A modules.Classifier with fresh weights."""
-    encoder, channels = modules.build_encoder(args.encoder_arch, DATA_SETS[args.dataset].channels, args.scale, args.ngf)
-    grid = 1 if args.arch in SUPERVISED else None
-    cells = grid or (args.size // args.scale) ** 2
-    return modules.Classifier(encoder, channels * cells, classes, grid, args.standardise)
+def build_model(settings, classes):
+    """A features.Classifier with fresh weights."""
+    channels, grid = DATA_SETS[settings.dataset].channels, 1 if settings.arch in SUPERVISED else None
+    encoder, maps = modules.build_encoder(settings.encoder_arch, channels, settings.scale, settings.ngf)
+    cells = grid or (settings.size // settings.scale) ** 2
+    return features.Classifier(encoder, maps * cells, classes, grid, settings.standardise)
 
 
 def load_encoder(model, weights, path):
@@ -286,7 +252,7 @@ def load_encoder(model, weights, path):
     saved = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
     fitting = {name: value for name, value in saved.items() if name in own and own[name].shape == value.shape}
     if not fitting:
-        raise console.RunError(f"{path}: none of its encoder's {len(saved)} tensors fits this encoder; check --arch")
+        raise RunError(f"{path}: none of its encoder's {len(saved)} tensors fits this encoder; check --arch")
     model.encoder.load_state_dict(fitting, strict=False)
     fresh = list(dict.fromkeys(name.split(".")[0] for name in own if name not in fitting))
     print(
@@ -295,43 +261,42 @@ def load_encoder(model, weights, path):
     return fresh
 
 
-def prepare_layers(args, model):
+def prepare_layers(settings, model):
     """Freeze what --freeze names; keep BatchNorm's scale and shift where the encoder comes from a file."""
     names = [name for name, _ in model.encoder.named_children()]
-    count = modules.children_until(args.encoder_arch).get(args.freeze, args.freeze)
-    probing = args.linear or args.knn
+    count = features.children_until(settings.encoder_arch).get(settings.freeze, settings.freeze)
+    probing = settings.linear or settings.knn
     if count == -1 or probing and count == 0:
         count = len(names)
     if count > len(names):
-        raise console.UsageError(
-            f"--freeze {args.freeze}: this encoder ends with its child number {len(names)} ({', '.join(names)}); "
+        raise UsageError(
+            f"--freeze {settings.freeze}: this encoder ends with its child number {len(names)} ({', '.join(names)}); "
             "-1 freezes all"
         )
-    random = [name for name in names[:count] if name in args.fresh]
+    random = [name for name in names[:count] if name in settings.fresh]
     if random:
         remedy = "--arch patchy or vae" if probing else f"--freeze {names.index(random[0])}"
-        raise console.UsageError(
-            f"{args.pretrained} has no {random[0]} that fits, and it would be frozen with random weights; use {remedy}"
-        )
-    if args.pretrained and not args.random_init:
-        model.freeze_normalisation(args.fresh)
+        raise UsageError(f"{settings.pretrained} has no {random[0]} that fits, and it would be frozen with random "
+                         f"weights; use {remedy}")
+    if settings.pretrained and not settings.random_init:
+        model.freeze_normalisation(settings.fresh)
     model.freeze(count)
     if probing:
         model.encoder = model.encoder[:count]  # a probe reads what is frozen
         if count < len(names):
             model.grid = None  # the average over the whole map belongs to a whole network
-    weights = "pretrained" if args.pretrained and not args.random_init else "random"
+    weights = "pretrained" if settings.pretrained and not settings.random_init else "random"
     frozen = f"{names[0]} to {names[count - 1]}" if count else "nothing"
-    print(f"{args.arch}: encoder {args.encoder_arch} with {weights} weights at the start, frozen: {frozen}")
+    print(f"{settings.arch}: encoder {settings.encoder_arch} with {weights} weights at the start, frozen: {frozen}")
 
 
 def check_classes(checkpoint, classes):
     """Refuse images whose classes, a list of names, are not those of a classifier's checkpoint."""
-    known = checkpoint.get("class_names", classes)  # older ones have but their number
-    if checkpoint["classes"] != len(classes) or known != classes:
+    known = checkpoint["class_names"]
+    if known != classes:
         differ = next((f" ({one} there, {other} here)" for one, other in zip(known, classes) if one != other), "")
-        raise console.RunError(
-            f"the checkpoint knows {checkpoint['classes']} classes, the data have {len(classes)}{differ}; "
+        raise RunError(
+            f"the checkpoint knows {len(known)} classes, the data have {len(classes)}{differ}; "
             "check --dataset and --data-folder"
         )
 
@@ -339,57 +304,37 @@ def check_classes(checkpoint, classes):
 # ---------------------------------------------------------------------------------------------------- the head
 
 
-def fit(args, model, train, test, folder, checkpoint=None):
+def fit(settings, model, train, test, folder, checkpoint=None):
     """Train, test after every epoch, keep the best by test accuracy and the last.
 
     Returns the results, and of the best model the scores (N×classes) and labels (N) of the test images.
     """
     classes = train.source.classes
-    network, train, test = skip_frozen_encoder(args, model, train, test)
-    optimizer = build_optimizer(args, model)
-    batch_size = min(args.batch_size, len(train))
+    network, train, test = skip_frozen_encoder(settings, model, train, test)
+    optimizer = build_optimizer(settings, model)
+    batch_size = min(settings.batch_size, len(train))
     options.check_batch(batch_size, cells=1)
-    progress = loop.Progress(steps_per_epoch=math.ceil(len(train) / batch_size))
-    progress.step = args.start_epoch * progress.steps_per_epoch
-    progress.tested = args.start_epoch
-    if checkpoint:
-        loop.restore(checkpoint, optimizer, progress, folder / CHECKPOINTS, len(train))
-    last_step = args.epochs * progress.steps_per_epoch
-    stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
-    parallel = runtime.compiled(ranks.parallel(network), args.compile)
-    content = {"kind": checkpoints.CLASSIFIER, "classes": len(classes), "class_names": classes}
-    content |= {"model": model, "optimizer": optimizer, "images": len(train)}
-    with (
-        tracking.Tracker(folder, "classifier.jsonl", "logs_classifier", progress.step, progress.owes_test) as tracker,
-        loop.Keeper(folder / CHECKPOINTS, args, progress, tracker, folder / "checkpoint.pt", **content) as keeper,
-    ):
-        if progress.owes_test:
-            finish_epoch(args, network, test, progress, tracker, keeper)
-            keeper.after_step(regular=True)
-        parallel.train()
-        for x, labels in loop.bar(stream, "steps", last_step, progress.step):
-            progress.step += 1
-            train_step(args, parallel, optimizer, x, labels, batch_size, progress)
-            if progress.epoch_ends or progress.step_in_epoch % args.print_freq == 0:
-                means, _ = progress.close_window()
-                tracker.event("train", epoch=progress.epoch, step=progress.step, **means)
-            if progress.epoch_ends:
-                finish_epoch(args, network, test, progress, tracker, keeper)
-                parallel.train()
-            keeper.after_step(regular=progress.epoch_ends)
-        model.load_state_dict(checkpoints.load(folder / "best.pt", checkpoints.CLASSIFIER)["model"])
-        _, scores, labels = evaluate(network, test, args.batch_size)
-        tracker.picture("confusion", last_step, recognition.confusion_picture(scores, labels), "confusion.png")
-    return {"best": progress.best, "last": progress.last}, scores, labels
+    content = {"kind": training.CLASSIFIER, "model": model, "optimizer": optimizer}
+    content |= {"class_names": classes, "images": len(train)}
+    epochs = batch_size, len(train), settings.epochs
+    with Run(folder, settings, content, *epochs, checkpoint, settings.print_freq, 1, settings.start_epoch) as run:
+        parallel = runtime.compiled(runtime.parallel(network), settings.compile).train()
+        stream = train.training(batch_size, settings.seed, run.step + 1, run.last_step)
+        for step, (x, labels) in run.steps(stream, partial(finish_epoch, settings, network, test, run)):
+            lr = learning_rate_at(run.epoch, settings.lr, settings.step)
+            run.add(train_step(settings, parallel, optimizer, x, labels, step, lr, batch_size), learning_rate=lr)
+        model.load_state_dict(training.load(folder / "best.pt", training.CLASSIFIER)["model"])
+        _, scores, labels = evaluate(network, test.in_order(settings.batch_size), len(test))
+    return {"best": run.best, "last": run.last}, scores, labels
 
 
-def build_optimizer(args, model):
+def build_optimizer(settings, model):
     """SGD on what is not frozen."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.wd)
+    return torch.optim.SGD(trained, settings.lr, momentum=settings.momentum, weight_decay=settings.wd)
 
 
-def skip_frozen_encoder(args, model, train, test):
+def skip_frozen_encoder(settings, model, train, test):
     """The network to train and its batches: the whole model, or, where all else is frozen, the head on features."""
     if not model.only_head_trains:
         return model, train, test
@@ -400,7 +345,7 @@ def skip_frozen_encoder(args, model, train, test):
         return model, train, test
     started = time.perf_counter()
     stored = [
-        features.StoredFeatures(model, batches, args.batch_size, mirror)
+        features.StoredFeatures(model, batches, settings.batch_size, mirror)
         for batches, mirror in ((train, train.flip), (test, False))
     ]
     seconds = time.perf_counter() - started
@@ -414,95 +359,130 @@ def learning_rate_at(epoch, start, step):
     return start * 0.1 ** ((epoch - 1) // step)
 
 
-def train_step(args, network, optimizer, x, labels, batch_size, progress):
-    """One optimiser step on this process's share of a batch, what `network` takes and B labels, added to the means.
+def train_step(settings, network, optimizer, x, labels, step, lr, batch_size):
+    """One optimiser step on this process's share of a batch, what `network` takes and B labels.
 
-    `network` has to be in training mode.
+    Returns loss and accuracy, a dict of vectors of B. `network` has to be in training mode.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(progress.epoch, args.lr, args.step)
-    runtime.seed_step(args.seed, progress.step, x.device)
+        group["lr"] = lr
+    runtime.seed_step(settings.seed, step, x.device)
     optimizer.zero_grad()
-    with runtime.autocast(args.precision, x.device):
+    with runtime.autocast(settings.precision, x.device):
         logits = network(x).float()  # B×classes
     loss = F.cross_entropy(logits, labels, reduction="none")
-    ranks.batch_mean(loss, batch_size).backward()
+    runtime.batch_mean(loss, batch_size).backward()
     optimizer.step()
-    progress.window_means.add({"loss": loss, "top1": 100.0 * (logits.argmax(1) == labels)})
-    progress.watch.images += batch_size
+    return {"loss": loss, "top1": 100.0 * (logits.argmax(1) == labels)}
 
 
-def finish_epoch(args, network, test, progress, tracker, keeper):
+def finish_epoch(settings, network, test, run):
     """Test, report, keep the best classifier."""
-    tested = keeper.test(evaluate, network, test, args.batch_size)
-    if tested is None:  # a signal came; the run that goes on tests again
-        return
-    progress.last = {"epoch": progress.epoch, **tested[0]}
-    report(args, progress, tracker)
-    improved = progress.best is None or progress.last["top1"] > progress.best["top1"]
-    progress.best = progress.last if improved else progress.best
-    progress.close_epoch()
+    found, _, _ = evaluate(network, run.interruptible(test.in_order(settings.batch_size)), len(test))
+    improved = run.best is None or found["top1"] > run.best["top1"]
+    run.note_test(found, improved)
+    lr = learning_rate_at(run.epoch, settings.lr, settings.step)
+    words = f"train {in_words(run.epoch_means.read())}  test {in_words(found)}  lr {lr:g}"
+    tqdm.write(f"epoch {run.epoch}/{settings.epochs}  {words}  {run.speed:.0f} images/s")
+    run.scalars({f"{name}/test": value for name, value in found.items()})
     if improved:
-        content = keeper.content()
-        if ranks.is_main():
-            checkpoints.save(tracker.folder / "best.pt", content)
+        content = run.checkpoint()
+        if runtime.is_main():
+            training.save(run.folder / "best.pt", content)
 
 
-@torch.no_grad()
-def evaluate(network, test, batch_size, heed=iter):
-    """Every test image once: figures (loss, top1 and, of more than five classes, top5), scores N×classes, labels N."""
-    ranks.share_statistics(network)
-    network.eval()
-    batches = [(network(x).cpu(), labels.cpu()) for x, labels in heed(test.in_order(batch_size))]
-    scores, labels = (ranks.gather_rows(torch.cat(parts), len(test)) for parts in zip(*batches))
-    return {"loss": F.cross_entropy(scores, labels).item(), **recognition.accuracy(scores, labels)}, scores, labels
+def evaluate(network, stream, images):
+    """Figures over the `images` test images of `stream`: loss, top1, of more than five classes top5.
+
+    Returns them, a dict of floats, the scores N×classes, and the labels N.
+    """
+    runtime.share_statistics(network)
+    with training.evaluating(network):
+        found = [(network(x).cpu(), labels.cpu()) for x, labels in stream]
+    scores, labels = (runtime.gather_rows(torch.cat(parts), images) for parts in zip(*found))
+    return {"loss": F.cross_entropy(scores, labels).item(), **features.accuracy(scores, labels)}, scores, labels
 
 
-def report(args, progress, tracker):
-    """An epoch on the console, in classifier.jsonl and in TensorBoard."""
-    means, last, step = progress.epoch_means.read(), progress.last, progress.step
-    state = {
-        "learning_rate": learning_rate_at(progress.epoch, args.lr, args.step),
-        "images_per_second": progress.speed,
-    }
-    words = f"train {recognition.in_words(means)}  test {recognition.in_words(last)}  lr {state['learning_rate']:g}"
-    tqdm.write(f"epoch {last['epoch']}/{args.epochs}  {words}  {state['images_per_second']:.0f} images/s")
-    tracker.event("test", step=step, train=means, **state, **last)
-    figures = {f"{name}/train": value for name, value in means.items()}
-    figures |= {f"{name}/test": value for name, value in last.items() if name != "epoch"}
-    tracker.scalars(step, {**figures, **state})
+def in_words(found):
+    words = {"loss": "loss {:.3f}", "top1": "top-1 {:.2f}", "top5": "top-5 {:.2f}"}
+    return "  ".join(words[name].format(found[name]) for name in words if name in found)
 
 
 # ---------------------------------------------------------------------------------------------------- probes
 
 
-def probe(args, model, train, test, folder, checkpoint=None):
+def probe(settings, model, untrained, train, test):
     """Linear and nearest-neighbour probes on frozen features: the results, the last probe's scores, the labels.
 
-    Large maps, as those after the first layers, are averaged down to what a probe can be fitted to. Of several
-    processes all encode, and rank 0 fits; the others return nothing. There is nothing to go on from.
+    Beside them stands what the `untrained` encoder scores, and the commonest class. Of several processes all encode,
+    and rank 0 fits; the others return nothing. There is nothing to go on from.
+    """
+    found = encode_all(settings, model, train, test)
+    floors = {"commonest_class": 100 * np.bincount(test.source.labels).max() / len(test)}
+    wants_floor = not (settings.random_init or settings.no_floor)
+    if wants_floor:
+        model.encoder = untrained[: len(model.encoder)]
+        random = encode_all(settings, model, train, test)
+    if not runtime.is_main():
+        return None, None, None
+    results, classes = {}, len(train.source.classes)
+    for name, fit_and_score in (("linear", features.linear_probe), ("knn", features.neighbour_probe)):
+        if getattr(settings, name):
+            started = time.perf_counter()
+            scores, chosen = fit_and_score(*found[:3], classes, settings.seed)
+            seconds = time.perf_counter() - started
+            if wants_floor:
+                floor, _ = fit_and_score(*random[:3], classes, settings.seed)
+                floors["random_weights"] = features.accuracy(floor, found[3])["top1"]
+            chosen["features"], shares = found[0].shape[1], features.accuracy(scores, found[3])
+            results[name] = {**shares, **chosen, "floors": dict(floors), "seconds": seconds}
+            beside = ", ".join(f"{floor.replace('_', ' ')} {value:.2f}" for floor, value in floors.items())
+            print(f"{name}  {in_words(results[name])}  (floors: {beside})  {chosen}")
+    return results, scores, found[3]
+
+
+def encode_all(settings, model, train, test):
+    """What a probe reads: training features N×F and labels N, test features (arrays), test labels (a tensor).
+
+    Large maps, as those after the first layers, are averaged down to what a probe can be fitted to.
     """
     model.eval()
     model.grid = model.grid or features.coarser_grid(model.encoder(test.examples(1)))
-    x, labels = features.extract(model.features, train, args.batch_size)
-    test_x, test_labels = features.extract(model.features, test, args.batch_size)
-    if not ranks.is_main():
-        return None, None, None
-    kinds = {"linear": args.linear and features.linear_probe, "knn": args.knn and features.neighbour_probe}
-    results = {}
-    for name, fit_and_score in kinds.items():
-        if fit_and_score:
-            started = time.perf_counter()
-            scores, settings = fit_and_score(
-                x.numpy(), labels.numpy(), test_x.numpy(), len(train.source.classes), args.seed
-            )
-            scores, seconds = torch.from_numpy(scores), time.perf_counter() - started
-            settings["features"] = x.shape[1]
-            results[name] = {**recognition.accuracy(scores, test_labels), **settings, "seconds": seconds}
-            print(f"{name}  {recognition.in_words(results[name])}  {settings}")
-    recognition.confusion_picture(scores, test_labels).save(folder / "confusion.png")
-    return results, scores, test_labels
+    x, labels = features.extract(model.features, train, settings.batch_size)
+    test_x, test_labels = features.extract(model.features, test, settings.batch_size)
+    return x.numpy(), labels.numpy(), test_x.numpy(), test_labels
+
+
+# ---------------------------------------------------------------------------------------------------- what is left
+
+
+def write(settings, folder, frozen, classes, results, scores, labels):
+    """results.json, per_class.csv and confusion.png, and the last words on the console."""
+    values, is_probe = vars(settings), settings.linear or settings.knn
+    names = PROTOCOL + (() if is_probe else TRAINED_WITH)
+    content = {
+        "protocol": {**{name: values[name] for name in names}, "frozen_children": frozen},
+        "data": {**{name: values[name] for name in ("dataset", "data_folder", "size", "inet")},
+                 "classes": len(classes), "test_images": len(labels)},
+        "seed": settings.seed,
+    }
+    right = labels[scores.argmax(1) == labels]
+    hits, images = (torch.bincount(part, minlength=len(classes)).tolist() for part in (right, labels))
+    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "images", "correct", "accuracy"])
+        for name, correct, count in zip(classes, hits, images):
+            writer.writerow([name, count, correct, f"{100 * correct / count:.2f}" if count else ""])
+    matrix = sklearn.metrics.confusion_matrix(labels, scores.argmax(1), labels=range(len(classes)), normalize="true")
+    figures.save(figures.confusion_picture(matrix, classes), str(folder / "confusion.png"))
+    runtime.write_json(folder / "results.json", {**results, **content, **runtime.record()})  # last: all else is there
+    if "best" in results:
+        best, last = results["best"], results["last"]
+        print(f"best (chosen on these test images, so a little flattered): epoch {best['epoch']}  {in_words(best)}")
+        print(f"last: epoch {last['epoch']}  {in_words(last)}")
+    of = "knn" if settings.knn else "linear" if settings.linear else "the best epoch"
+    print(f"results.json, and of {of} per_class.csv and confusion.png, are in {runtime.relative(folder)}")
 
 
 if __name__ == "__main__":
-    console.run(main)
+    runtime.start(main)

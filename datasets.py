@@ -1,29 +1,39 @@
-"""Every data set as one row of a table. Read the table first, from below: it is what the rest is for.
+"""Every data set as one row of the table at the end of this file; above it, how they are opened.
 
 A data set opens as an image source for each split: `len()`, `image(index)` -> PIL image, `channels` (1 or 3), `labels`
-(int64 array, or None) and `classes` (list of str). utils/batches.py turns sources into batches on the device.
+(int64 array, or None), `classes` (list of str, printable). utils/batches.py turns sources into batches on the device.
+Splits: "unlabelled" is what run.py trains on, "train" what classifier.py trains on, "test" what both test on, and "all"
+the images of a folder that has no splits.
 """
 
 import functools
 import hashlib
 import os
 import socket
+import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torchvision
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import Image, ImageOps, PngImagePlugin
 
-from utils import cache, shapes
-from utils.console import RunError
+from utils import shapes
+from utils.runtime import RunError, read_lines
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HELD_OUT = 0.2  # the share that is held out of a data set without test images
-OURS = ("args.json", "classifier_args.json")  # what a folder of run.py or classifier.py holds
-SPLITS = ("unlabelled", "train", "test")  # what run.py trains on, what classifier.py trains on, what both test on
+SPLITS = ("unlabelled", "train", "test", "all")
+TRAIN_NAMES = ("train", "training")  # of folders, in any case
+TEST_NAMES = ("val", "valid", "validation", "test", "testing")
+CLUTTER = ("__macosx", "@eadir")  # what archives and network disks leave beside images
+RUN_FILES = ("args.json", "classifier_args.json")  # a folder that holds one of them is that of a run
+NO_PHOTOGRAPHS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # that Pillow knows, but cannot draw
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # colour profiles and captions may be long
+say_once, said_of_images = functools.cache(print), set()
 
 
 # ---------------------------------------------------------------------------------------------------- image sources
@@ -37,7 +47,7 @@ class Files:
     def __init__(self, root, paths, labels=None, classes=(), part=""):
         self.root, self.part = os.fspath(root), part
         self.paths = np.array([os.fsencode(path) for path in paths])
-        self.labels, self.classes = _label_array(labels), list(classes)
+        self.labels, self.classes = _label_array(labels), [printable(name) for name in classes]
 
     def __len__(self):
         return len(self.paths)
@@ -46,24 +56,12 @@ class Files:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
     def image(self, index):
-        path = self.path(index)
-        try:
-            with Image.open(path) as image:
-                return _eight_bit(image).convert("RGB")
-        except FileNotFoundError:
-            raise RunError(f"{path}: the image is not there (any more); restore it and start again") from None
-        except Exception as error:  # Pillow raises many kinds for a broken file
-            raise RunError(f"{path}: cannot be decoded ({error}); repair or remove it") from None
+        return read_image(self.path(index))
 
-    def lots(self):
+    def chances(self):
         """A number from 0 to 1 for each image, as good as drawn, that depends on its path alone: N floats."""
         drawn = [int.from_bytes(hashlib.blake2b(path, digest_size=8).digest()) for path in self.paths.tolist()]
         return np.array(drawn) / 2**64
-
-    def listing(self):
-        """A cache.Listing: what tells whether a file changed; -1 for the size and time of one that is not there."""
-        stamps = np.fromiter(map(_stamp, map(self.path, range(len(self)))), np.dtype((np.int64, 2)), len(self))
-        return cache.Listing(self.paths, *stamps.T)
 
     def subset(self, chosen, part=""):
         """The images at the positions `chosen`, an int array; `part` names them for the cache on disk."""
@@ -74,21 +72,48 @@ class Files:
         return subset
 
 
+def read_image(path):
+    """The image file `path` as it is seen: a PIL RGB image, upright, on white if transparent. Raises RunError."""
+    try:
+        with warnings.catch_warnings(record=True) as remarks, Image.open(path) as image:
+            picture = _upright(_eight_bit(image))
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = picture.convert("RGB")
+    except FileNotFoundError:
+        raise RunError(f"{path}: the image is not there (any more); restore it and start again") from None
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        raise RunError(f"{path}: has more than {limit:.0f} megapixels; scale it down, or use --skip-broken") from None
+    except Exception as error:  # Pillow raises many kinds for a broken file
+        raise RunError(
+            f"{path}: cannot be decoded ({error}); repair or remove it, or leave such images out with --skip-broken"
+        ) from None
+    for remark in {str(remark.message) for remark in remarks} - said_of_images:
+        print(f"{path}: {remark} (said of the first such image only)", file=sys.stderr)
+        said_of_images.add(remark)
+    return picture
+
+
+def _upright(image):
+    """A PIL image turned as its camera says."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # what cannot be read of the camera's notes does not spoil the image
+        return image
+
+
 def _eight_bit(image):
-    """A PIL image as it is, or of 16 bits brought to 8. Raises ValueError where nobody knows what white is."""
+    """A PIL image as it is, or of 9 to 16 bits brought to 8. Raises ValueError where nobody knows what white is."""
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
-        return Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+        tags = getattr(image, "tag_v2", {})
+        bits, white = tags.get(258, (16,))[0], tags.get(281)  # BitsPerSample, MaxSampleValue
+        white = white[0] if white else 2**bits - 1
+        return Image.fromarray((np.asarray(image) * (255 / white) + 0.5).clip(0, 255).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}, whose white is not known; convert it to 8 or 16 bits")
     return image
-
-
-def _stamp(path):
-    try:
-        found = os.stat(path)
-    except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
 
 
 class Arrays:
@@ -101,12 +126,12 @@ class Arrays:
     def __len__(self):
         return len(self.pixels)
 
-    def lots(self):
+    def chances(self):
         """A number from 0 to 1 for each image, of every class evenly spread, drawn once and for all: N floats."""
-        order, lots = np.random.default_rng(0).permutation(len(self)), np.empty(len(self))
+        order, chances = np.random.default_rng(0).permutation(len(self)), np.empty(len(self))
         order = order[np.argsort(self.labels[order], kind="stable")]  # class by class
-        lots[order] = (np.arange(len(self)) - 1) % 5 / 5
-        return lots
+        chances[order] = (np.arange(len(self)) - 1) % 5 / 5
+        return chances
 
     def image(self, index):
         return Image.fromarray(self.pixels[index])
@@ -151,6 +176,153 @@ def _label_array(labels):
     return None if labels is None else np.asarray(labels, dtype=np.int64)
 
 
+def printable(name):
+    """A file's name as text: bytes that are none are escaped."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+
+@functools.cache
+def readable_endings():
+    """The endings of the files that Pillow reads here: a set of str such as ".jpg"."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    return {ending for ending, kind in known if kind in Image.OPEN and kind not in NO_PHOTOGRAPHS}
+
+
+def scan(folder):
+    """What lies in `folder`, in order, without what is hidden or clutter: a list of os.DirEntry."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    return [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in CLUTTER]
+
+
+def is_run(folder):
+    return any(os.path.exists(os.path.join(folder, name)) for name in RUN_FILES)
+
+
+def find_images(folder, passed_over, seen=None):
+    """The images at any depth below `folder`, each real folder once: relative paths, in order.
+
+    `passed_over`, a Counter, is told what else is there. `seen`: the real folders (device, inode) that are taken.
+    """
+    seen, waiting, paths = set() if seen is None else seen, [""], []
+    while waiting:
+        place = waiting.pop()
+        try:
+            entries = scan(os.path.join(folder, place))
+        except OSError as error:
+            passed_over[error.strerror.lower()] += 1
+            continue
+        for entry in entries:
+            path, ending = os.path.join(place, entry.name), _ending(entry.name)
+            if entry.is_dir():
+                identity = _identity(entry.path)
+                reason = "folder of a run" if is_run(entry.path) else "link to a known folder" * (identity in seen)
+                seen.add(identity)
+                waiting += [] if reason else [path]
+            else:
+                reason = "link to nothing or special file" * (not entry.is_file())
+                reason = reason or (ending or "without ending") * (ending not in readable_endings())
+                paths += [] if reason else [path]
+            passed_over[reason] += bool(reason)
+    return sorted(paths, key=os.path.split)
+
+
+def _ending(name):
+    return os.path.splitext(name)[1].lower()
+
+
+def _identity(folder):
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def say_passed_over(folder, passed_over):
+    reasons = ", ".join(f"{count} {reason}" for reason, count in passed_over.most_common() if count)
+    if reasons:
+        say_once(f"{folder}: passed over {reasons}")
+
+
+def image_folder(folder, classes=(), labelled=False):
+    """The images of `folder`: CLASS/* at any depth below a class, or without labels where images lie beside folders.
+
+    `classes`: the names of the labels 0, 1, … as another split has them; new ones follow. `labelled`: there have to be
+    classes. Raises RunError.
+    """
+    if not os.path.isdir(folder):
+        raise RunError(f"{folder}: no such folder" + f"; expected {folder}/CLASS/* with images" * labelled)
+    if os.path.isfile(table := os.path.join(folder, "val_annotations.txt")):
+        return annotated_folder(folder, table, classes)
+    entries = scan(folder)
+    folders = [entry.name for entry in entries if entry.is_dir() and not is_run(entry.path)]
+    loose = [entry.name for entry in entries if entry.is_file() and _ending(entry.name) in readable_endings()]
+    if folders and not loose:
+        return labelled_folder(folder, folders, classes)
+    if labelled:
+        found = f"{loose[0]} lies beside" if loose else "no"
+        raise RunError(f"{folder}: {found} class folders; expected {folder}/CLASS/* alone")
+    if folders:
+        say_once(f"{folder}: {len(loose)} images beside {len(folders)} folders: all are taken, without classes")
+    passed_over = Counter()
+    paths = find_images(folder, passed_over)
+    say_passed_over(folder, passed_over)
+    if not paths:
+        raise RunError(f"{folder}: no images in it; known endings are {' '.join(sorted(readable_endings()))}")
+    return Files(folder, paths)
+
+
+def labelled_folder(folder, folders, classes):
+    """The images in the class folders `folders`, a list of names, of `folder`; `classes`: see image_folder."""
+    passed_over, found = Counter(), {}
+    seen = {_identity(os.path.join(folder, name)) for name in folders}
+    for name in folders:
+        inner = {entry.name.lower() for entry in scan(os.path.join(folder, name)) if entry.is_dir()}
+        if inner & set(TRAIN_NAMES) and inner & set(TEST_NAMES):
+            raise RunError(f"{folder}/{name} is a data set of its own: give --data-folder {folder}/{name}")
+        paths = find_images(os.path.join(folder, name), passed_over, seen)
+        found[printable(name)] = [os.path.join(name, path) for path in paths]
+    passed_over["without an image"] += sum(not paths for paths in found.values())
+    passed_over["link to nothing or special file"] += sum(not (e.is_dir() or e.is_file()) for e in scan(folder))
+    say_passed_over(folder, passed_over)
+    if not any(found.values()):
+        raise RunError(f"{folder}: no images in {', '.join(folders[:3])}; expected {folder}/CLASS/* with images")
+    names = [*classes, *(name for name, paths in found.items() if paths and name not in classes)]
+    labels = [names.index(name) for name, paths in found.items() for _ in paths]
+    return Files(folder, [path for paths in found.values() for path in paths], labels, names)
+
+
+def annotated_folder(folder, table, classes):
+    """Tiny-ImageNet's way: images/*, and their classes in the file `table`, FILE and CLASS in each line."""
+    rows = [line.split("\t") for line in read_lines(table) if line.strip()]
+    names = [*classes, *sorted({row[1] for row in rows} - set(classes))]
+    return Files(folder, [f"images/{row[0]}" for row in rows], [names.index(row[1]) for row in rows], names)
+
+
+def held_out(source, split):
+    """About a fifth of `source` for the split `test`, the rest for training, the same whatever --seed is; or all.
+
+    Each image has a chance of its own, so that it stays where it is when others come or go. Where all of a class would
+    be held out, one is not; where nothing would be, one is.
+    """
+    if split == "all":
+        return source
+    if len(source) < 2:
+        raise RunError(f"{getattr(source, 'root', 'the data set')}: one image is too few; two or more are needed")
+    chances = source.chances()
+    chosen = chances < HELD_OUT
+    labels = np.zeros(len(source), int) if source.labels is None else source.labels
+    for label in np.setdiff1d(labels, labels[~chosen]):  # all of it would be held out
+        members = np.flatnonzero(labels == label)
+        chosen[members[chances[members].argmax()]] = False
+    if not chosen.any():
+        chosen[chances.argmin()] = True
+    if split == "test":
+        return source.subset(np.flatnonzero(chosen), "held-out")
+    return source.subset(np.flatnonzero(~chosen), "rest")
+
+
 # ---------------------------------------------------------------------------------------------------- opening them
 
 
@@ -158,7 +330,7 @@ def torchvision_set(name, folder):
     """A data set that torchvision knows and downloads into `root`/`folder`."""
 
     def open_split(root, split):
-        load = functools.partial(getattr(torchvision.datasets, name), root, train=split != "test")
+        load = functools.partial(getattr(torchvision.datasets, name), root, train=split not in ("test", "all"))
         try:
             found = load(download=False)
         except (RuntimeError, ValueError):  # torchvision's words for absent and for damaged files
@@ -169,6 +341,8 @@ def torchvision_set(name, folder):
 
 
 def _download(load, name, folder):
+    if os.path.isdir(folder.parent) and find_images(folder.parent, Counter()):
+        raise RunError(f"{folder.parent} holds images, but not {name}; add --dataset folder to take them")
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
@@ -186,137 +360,65 @@ def class_folders(**folder_of_split):
     """Folders of CLASS/*, one per split; a split without a name trains on `train`; no `test`: a fifth is held out."""
 
     def open_split(root, split):
-        if "test" in folder_of_split:
-            return labelled_folder(Path(root, folder_of_split.get(split, "train")))
-        return held_out(labelled_folder(Path(root, "train")), split)
+        train = Path(root, "train")
+        if "test" not in folder_of_split:
+            return held_out(image_folder(train, labelled=True), split)
+        name = folder_of_split.get("test" if split == "all" else split, "train")
+        names = image_folder(train).classes if train.is_dir() and name != "train" else ()
+        return image_folder(Path(root, name), names, labelled=True)
 
     return open_split
 
 
 def any_folder(root, split):
-    """Anyone's images: train/ with val/ or test/, or CLASS/*, or images without labels. See the README."""
-    root = Path(root)
-    if not root.is_dir():
+    """Anyone's images: training and test images in folders of the usual names, or CLASS/*, or images without labels."""
+    if not os.path.isdir(root):
         raise RunError(f"{root}: no such folder; give --data-folder the folder that holds the images")
-    if not (root / "train").is_dir():
-        return held_out(_labelled_or_flat(root), split)
-    test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if test is None:
-        return held_out(_labelled_or_flat(root / "train"), split)
-    return _labelled_or_flat(test if split == "test" else root / "train")
-
-
-def _labelled_or_flat(folder):
-    """Images directly in the folder mean that its subfolders are no classes."""
-    entries = list(os.scandir(folder))
-    is_flat = any(_is_image(entry.name) and entry.is_file() for entry in entries)
-    has_classes = any(_is_class(entry) for entry in entries)
-    return labelled_folder(folder) if has_classes and not is_flat else flat_folder(folder)
-
-
-def labelled_folder(folder):
-    """`folder`/CLASS/*, images at any depth below a class."""
-    if not Path(folder).is_dir():
-        raise RunError(f"{folder}: no such folder; expected {folder}/CLASS/* with the images of each class")
-    try:
-        found = _ClassFolder(folder, is_valid_file=lambda path: _is_image(path[len(os.fspath(folder)) :]))
-    except FileNotFoundError as error:
-        raise RunError(f"{folder}: {str(error).splitlines()[0]} Expected {folder}/CLASS/* with images") from None
-    paths, labels = zip(*found.samples)
-    return Files(folder, [os.path.relpath(path, folder) for path in paths], labels, found.classes)
-
-
-class _ClassFolder(torchvision.datasets.ImageFolder):
-    def find_classes(self, directory):
-        classes = sorted(entry.name for entry in os.scandir(directory) if _is_class(entry))
-        if not classes:
-            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
-        return classes, {name: label for label, name in enumerate(classes)}
-
-
-def _is_class(entry):
-    return entry.is_dir() and _is_open(entry.path)
-
-
-def _is_open(folder):
-    """Whether a folder's images are to learn from: it is not hidden, as our own CACHE_FOLDER, and no run wrote it."""
-    is_hidden = os.path.basename(folder).startswith(".")
-    return not is_hidden and not any(os.path.exists(os.path.join(folder, name)) for name in OURS)
-
-
-def flat_folder(folder):
-    """All images at any depth below `folder`, in the order of their paths, without labels."""
-    paths, seen = [], set()
-    for place, folders, names in os.walk(folder, onerror=_pass_over, followlinks=True):
-        itself = os.stat(place)
-        if (itself.st_dev, itself.st_ino) in seen:
-            folders.clear()  # a link led here again
-            continue
-        seen.add((itself.st_dev, itself.st_ino))
-        folders[:] = sorted(name for name in folders if _is_open(os.path.join(place, name)))
-        paths += [os.path.relpath(os.path.join(place, name), folder) for name in names if _is_image(name)]
-    if not paths:
-        raise RunError(f"{folder}: no images in it; known endings are {' '.join(IMG_EXTENSIONS)}")
-    return Files(folder, sorted(paths))
-
-
-def _pass_over(error):
-    print(f"{error.filename}: {error.strerror}; what is in it is left out")
-
-
-def _is_image(path):
-    """Whether the path, relative to the data folder, is that of an image, and nothing in it is hidden."""
-    return path.lower().endswith(IMG_EXTENSIONS) and not any(name.startswith(".") for name in path.split(os.sep))
-
-
-def held_out(source, split):
-    """About a fifth of `source` for the split `test`, the rest for the others; the same whatever --seed is.
-
-    Each image has a lot of its own, so that it stays where it is when others come or go. Where all of a class would be
-    held out, one is not; where nothing would be, one is.
-    """
-    if len(source) < 2:
-        raise RunError(f"{getattr(source, 'root', 'the data set')}: one image is too few; two or more are needed")
-    lots = source.lots()
-    chosen = lots < HELD_OUT
-    labels = np.zeros(len(source), int) if source.labels is None else source.labels
-    for label in np.setdiff1d(labels, labels[~chosen]):  # all of it would be held out
-        members = np.flatnonzero(labels == label)
-        chosen[members[lots[members].argmax()]] = False
-    if not chosen.any():
-        chosen[lots.argmin()] = True
-    if split == "test":
-        return source.subset(np.flatnonzero(chosen), "held-out")
-    return source.subset(np.flatnonzero(~chosen), "rest")
+    names = [entry.name for entry in scan(root) if entry.is_dir()]
+    train = [name for usual in TRAIN_NAMES for name in names if name.lower() == usual]
+    test = [name for usual in TEST_NAMES for name in names if name.lower() == usual]
+    if len(train) > 1 or (test and not train):
+        remedy = "keep one" if train else f"rename it, or give --data-folder {Path(root, test[0])} for its images alone"
+        raise RunError(f"{root}: holds {', '.join(train or test)}, and it is not clear what to train on; {remedy}")
+    if not train:
+        return held_out(image_folder(root), split)
+    if others := sorted(set(names) - {train[0], *test[:1]}):
+        say_once(f"{root}: reads {', '.join([*train, *test[:1]])}, passed over {', '.join(others)}")
+    if not test:
+        return held_out(image_folder(Path(root, train[0])), split)
+    if split in ("unlabelled", "train"):
+        return image_folder(Path(root, train[0]))
+    return image_folder(Path(root, test[0]), image_folder(Path(root, train[0])).classes)
 
 
 def places205(root, split):
-    """Places205 as its authors pack it: CSV lists of `path label` beside the images."""
-    name = "val" if split == "test" else "train"
+    """Places205 as its authors pack it: CSV lists of `path label` beside the images. The label is the class."""
+    name = "train" if split in ("unlabelled", "train") else "val"
     table = Path(root, "trainvalsplit_places205", f"{name}_places205.csv")
     images = Path(root, "data/vision/torralba/deeplearning/images256")
     if not table.is_file():
         raise RunError(f"{table}: no such file; expected it beside {images}, as in the README's layouts")
     paths, labels = [], []
-    for number, line in enumerate(table.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_lines(table), start=1):
         path, _, label = line.strip().rpartition(" ")
         if not line.strip():
             continue
-        if not path or not label.isdecimal():
+        if not path or not (label.isascii() and label.isdecimal()):
             raise RunError(f"{table}: line {number} is not 'path label': {line[:60]!r}")
         paths.append(path.lstrip("/"))  # below `images`, also where the list says "/a/abbey/…"
         labels.append(int(label))
     if not paths:
         raise RunError(f"{table}: the list is empty")
-    names = {label: os.path.dirname(path) for path, label in zip(paths, labels)}
-    return Files(images, paths, labels, [names.get(label, str(label)) for label in range(max(labels) + 1)], name)
+    names = {label: os.path.dirname(path) for path, label in zip(paths, labels)}  # to be shown, no more
+    return Files(images, paths, labels, [names.get(label) or str(label) for label in range(max(labels) + 1)], name)
 
 
 def drawings(**style):
     """Scenes drawn on the fly: 50,000 to train on and 2,000 others to test on."""
 
     def open_split(root, split):
-        return Drawings(2_000, seed=1, **style) if split == "test" else Drawings(50_000, seed=0, **style)
+        is_test = split in ("test", "all")
+        return Drawings(2_000, seed=1, **style) if is_test else Drawings(50_000, seed=0, **style)
 
     return open_split
 

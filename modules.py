@@ -296,7 +296,7 @@ class AppearanceHead(nn.Module):
         super().__init__()
         self.mean = initialise(nn.Conv2d(features, parts * size, kernel, padding=kernel // 2))
         self.log_variance = initialise(nn.Conv2d(features, parts * size, kernel, padding=kernel // 2))
-        self.parts = parts
+        self.parts, self.size = parts, size
 
     def forward(self, f, occurrence):
         """f: B×D×h×w, Q^O: B×N×h×w -> mean and log-variance: B×N×d each.
@@ -369,16 +369,11 @@ class Output(NamedTuple):
 class PatchVAE(nn.Module):
     """A VAE whose bottleneck is made of parts."""
 
-    def __init__(
-        self, encoder, features, decoder, parts, appearance_size, grid, prior, categorical=False, hard=False, kernel=3
-    ):
-        """`kernel`: of the heads, in cells."""
+    def __init__(self, encoder, occurrence, appearance, decoder, grid):
+        """`occurrence`, `appearance`: the heads; `grid`: cells a side."""
         super().__init__()
-        self.encoder = encoder
-        self.occurrence = OccurrenceHead(features, parts, prior, categorical, hard, kernel)
-        self.appearance = AppearanceHead(features, parts, appearance_size, kernel)
-        self.decoder = decoder
-        self.parts, self.appearance_size, self.grid = parts, appearance_size, grid
+        self.encoder, self.occurrence, self.appearance, self.decoder = encoder, occurrence, appearance, decoder
+        self.parts, self.appearance_size, self.grid = appearance.parts, appearance.size, grid
 
     def forward(self, x, temperature=1.0):
         """x: B×C×H×W normalised pixels -> Output. Samples in training mode, is deterministic in evaluation mode."""
@@ -466,75 +461,7 @@ def build_model(options):
     decoder = PyramidDecoder(inputs, *pixels, o["ngf"], groups, o["decoder_arch"])
     if o["arch"] == "vae":
         return BetaVAE(encoder, features, decoder, latent_size, grid, o["ngf"])
-    parts = o["num_parts"], o["hidden_size"], grid, o["py"], o["categorical"], o["hard"]
-    return PatchVAE(encoder, features, decoder, *parts, kernel=1 if o["encoder_arch"] == "patches" else 3)
-
-
-# ---------------------------------------------------------------------------------------------------- recognition
-
-CUTS = ("conv1", "conv1-3", "conv1-5")  # the paper's names of the layers up to convolution block 1, 3, 5
-_ENDS = {"alexnet": (3, 8, 13), "pyramid": (1, 3, 5), "patches": (1, 3, 5)}
-
-
-def children_until(encoder_arch):
-    """How many children of the encoder end with each of CUTS: a dict; a shallow encoder may have fewer."""
-    return dict(zip(CUTS, _ENDS.get(encoder_arch, (4, 6, 8))))
-
-
-class Classifier(nn.Module):
-    """An encoder, frozen as far as it is wanted, under a small head that names the class."""
-
-    def __init__(self, encoder, feature_size, classes, grid=None, standardise=False):
-        """`grid`: average the encoder's map down to grid×grid cells before it is flattened (feature_size = D·grid²).
-
-        `standardise`: the head sees every feature with mean 0 and variance 1.
-        """
-        super().__init__()
-        self.encoder, self.grid, self.frozen, self.feature_size = encoder, grid, 0, feature_size
-        first = [nn.BatchNorm1d(feature_size, affine=False)] if standardise else []
-        layers = nn.Dropout(), nn.Linear(feature_size, 512), nn.ReLU(), nn.Linear(512, classes)
-        self.head = nn.Sequential(*first, *layers)
-        for layer in self.head:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.01)
-                nn.init.zeros_(layer.bias)
-
-    def forward(self, x):
-        """x: B×C×H×W normalised pixels -> logits: B×classes."""
-        return self.head(self.features(x))
-
-    def features(self, x):
-        """x: B×C×H×W -> what the head sees: B×feature_size."""
-        f = self.encoder(x)  # B×D×h×w
-        f = F.adaptive_avg_pool2d(f, self.grid) if self.grid else f
-        return f.flatten(1)
-
-    def freeze(self, children):
-        """Freeze the first `children` children of the encoder: no gradient, no new running statistics."""
-        self.frozen = children
-        if self.only_head_trains and isinstance(self.head[0], nn.BatchNorm1d):
-            self.head[0].momentum = None  # its input no longer changes: the mean over all batches, however few
-        for child in self.frozen_children():
-            child.requires_grad_(False)
-        self.train(self.training)
-
-    @property
-    def only_head_trains(self):
-        """Whether the whole encoder is frozen."""
-        return self.frozen == len(self.encoder)
-
-    def freeze_normalisation(self, fresh=()):
-        """Keep scale and shift of the encoder's BatchNorm layers, but for those in its children `fresh`."""
-        for name, module in self.encoder.named_modules():
-            if isinstance(module, nn.BatchNorm2d) and name.split(".")[0] not in fresh:
-                module.requires_grad_(False)
-
-    def frozen_children(self):
-        return list(self.encoder.children())[: self.frozen]
-
-    def train(self, mode=True):
-        """As in every module, but frozen children stay in evaluation mode."""
-        super().train(mode)
-        for child in self.frozen_children():
-            child.eval()
-        return self
+    kernel = 1 if o["encoder_arch"] == "patches" else 3
+    occurrence = OccurrenceHead(features, o["num_parts"], o["py"], o["categorical"], o["hard"], kernel)
+    appearance = AppearanceHead(features, o["num_parts"], o["hidden_size"], kernel)
+    return PatchVAE(encoder, occurrence, appearance, decoder, grid)

@@ -4,9 +4,9 @@
     python run.py --dataset folder --data-folder my/images --output-folder mine --lr 1e-3 --beta-v 2
 """
 
-import math
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 import modules
 from datasets import normalisation, open_split
-from utils import checkpoints, console, grids, loop, options, ranks, runtime, tracking
+from utils import batches, figures, options, runtime, training
+from utils.options import above, real, whole
+from utils.runtime import UsageError
 
 ACTIVE = 0.01  # variance over images above which a latent is in use (Burda et al. 2016, section 5.2)
-COUNTS = ("_in_use", "_above_half")  # how the names of figures that count parts end
 UNITS = {"patchy": "parts", "vae": "latents"}  # what can be in use
 SHOWN = 12  # images in the pictures of every epoch
 # Options that a resumed run may change: they do not touch its figures.
@@ -26,281 +27,206 @@ FREE += ("num_epochs", "save_interval", "save_minutes")
 # Options that --evaluate takes from the model file, as the training had them, unless they are given.
 TESTED_WITH = ("batch_size", "beta_a", "beta_v", "target", "recon_mask")
 CONTENTS = ("args.json", "model.pt", "checkpoints", "logs", "images", "metrics.jsonl")  # of the output folder
+KEPT = ("model.pt", "checkpoints/step_*.pt")  # without one of them, the folder holds nothing to lose
 
 
 def build_parser():
-    parser = console.Parser(description=__doc__)
+    parser = options.Parser(description=__doc__)
     options.add_data_options(parser)
-    model = options.add_model_options(parser)
-    model.add_argument(
-        "--arch", default="patchy", choices=modules.ARCHS,
-        help="patchy: PatchVAE; vae: the beta-VAE with the same encoder and decoder (default: %(default)s)",
-    )
-    model.add_argument(
-        "--py", type=console.above(0, 1), metavar="P",
-        help="prior probability that a part occurs in a cell (default: 1/N)"
-    )
-    loss = parser.add_argument_group("loss")
-    loss.add_argument(
-        "--beta-a", "--beta-app", type=console.real(0), default=1.0, metavar="X",
-        help="weight of the appearance's KL term; the beta of --arch vae (default: %(default)s)",
-    )
-    loss.add_argument(
-        "--beta-v", "--beta-occ", type=console.real(0), default=10.0, metavar="X",
-        help="weight of the occurrence's KL term; lower it if the parts stay near their prior (default: %(default)s)",
-    )
-    loss.add_argument(
-        "--target", default="image", choices=("image", "edges"),
-        help="what is reconstructed: the image, or where it has edges; colour pays in the first and parts divide by "
-        "it, in the second only local shape pays (default: %(default)s)",
-    )
-    loss.add_argument(
-        "--recon-mask", choices=("edge",),
-        help="weigh every pixel's error by the edges in its cell (default: all alike)"
-    )
-    loss.add_argument(
-        "--temp", type=console.above(0), default=1.0, metavar="T",
-        help="temperature of the occurrence samples at the start (default: %(default)s)",
-    )
-    loss.add_argument(
-        "--anneal", type=console.real(0), default=3e-5, metavar="X",
-        help="every 1000 steps the temperature shrinks by exp(-X * step); 0 keeps it (default: %(default)s)",
-    )
-    loss.add_argument(
-        "--min-temp", type=console.above(0), default=0.1, metavar="T",
-        help="but never below this (default: %(default)s)"
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument("--num-epochs", type=console.whole(1), default=30, metavar="K", help="(default: %(default)s)")
-    training.add_argument(
-        "--img-per-epoch", type=console.whole(1), default=50_000, metavar="K",
-        help="images of one epoch, in whole batches, whatever the data set's size (default: %(default)s)",
-    )
-    training.add_argument(
-        "--batch-size", type=console.whole(1), default=128, metavar="K",
-        help="images of one step (default: %(default)s)"
-    )
-    training.add_argument(
-        "--lr", type=console.above(0), default=1e-4, metavar="X",
-        help="Adam's learning rate; 1e-3 learns faster in short runs (default: %(default)s)",
-    )
-    training.add_argument(
-        "--hide", type=console.real(0, 0.95), default=0.0, metavar="P",
-        help="share of an image, in squares of half a cell, that the encoder is not shown in training and that has to "
-        "be reconstructed all the same: its features then recognise better, e.g. with 0.5 (default: %(default)s)",
-    )
-    training.add_argument(
-        "--grey", type=console.real(0, 1), default=0.0, metavar="P",
-        help="likewise: share of the images that it is shown without colour (default: %(default)s)",
-    )
-    training.add_argument(
-        "--pretrained", metavar="FILE", help="a model.pt to start from; it knows its own model options"
-    )
-    training.add_argument(
-        "--seed", type=console.seed, default=1, metavar="K",
-        help="of weights, order and noise (default: %(default)s)"
-    )
-    options.add_speed_options(training)
-    training.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output-folder", default="./scratch", metavar="DIR",
-        help="where model.pt, logs/, images/ and checkpoints/ go (default: %(default)s)",
-    )
-    output.add_argument(
-        "--resume", nargs="?", const="", metavar="PATH",
-        help="go on with the run of this folder or checkpoint (default: the output folder), with its options",
-    )
-    output.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
-    output.add_argument(
-        "--evaluate", action="store_true",
-        help="do not train: test --pretrained (or the output folder's model.pt) and draw its pictures",
-    )
-    output.add_argument(
-        "--log-interval", type=console.whole(1), default=50, metavar="K",
-        help="steps between logged figures (default: %(default)s)"
-    )
-    output.add_argument(
-        "--save-interval", type=console.whole(1), default=1, metavar="K",
-        help="epochs between checkpoints (default: %(default)s)"
-    )
-    options.add_save_minutes(output)
+    options.add_model_options(parser)
+    parser.option("--arch", modules.ARCHS, "patchy", None,
+                  "patchy: PatchVAE; vae: the beta-VAE with the same encoder and decoder")
+    parser.option("--py", above(0, 1), None, "P", "prior probability that a part occurs in a cell (default: 1/N)")
+    parser.option("--pretrained", options.model_file, None, "FILE",
+                  "a model.pt to start from; it knows its own model options")
+    parser.section("loss")
+    parser.option("--beta-a --beta-app", real(0), 1.0, "X",
+                  "weight of the appearance's KL term; the beta of --arch vae")
+    parser.option("--beta-v --beta-occ", real(0), 10.0, "X",
+                  "weight of the occurrence's KL term; lower it if the parts stay near their prior")
+    parser.option("--target", ("image", "edges"), "image", None,
+                  "what is reconstructed: the image, or where it has edges; colour pays in the first and parts divide "
+                  "by it, in the second only local shape pays")
+    parser.option("--recon-mask", ("edge",), None, None,
+                  "weigh every pixel's error by the edges in its cell (default: all alike)")
+    parser.option("--temp", above(0), 1.0, "T", "temperature of the occurrence samples at the start")
+    parser.option("--anneal", real(0), 3e-5, "X",
+                  "after steps 1, 1001, 2001, … the temperature shrinks by exp(-X * step); 0 keeps it")
+    parser.option("--min-temp", above(0), 0.1, "T", "but never below this")
+    parser.section("training")
+    parser.option("--num-epochs --epochs", whole(1), 30, "K", "how long")
+    parser.option("--img-per-epoch", whole(1), 50_000, "K",
+                  "images of one epoch, in whole batches, whatever the data set's size")
+    parser.option("--batch-size", whole(1), 128, "K", "images of one step")
+    parser.option("--lr --learning-rate", above(0), 1e-4, "X", "Adam's; 1e-3 learns faster in short runs")
+    parser.option("--hide", real(0, 0.95), 0.0, "P",
+                  "share of an image, in squares of half a cell, that the encoder is not shown in training and that "
+                  "has to be reconstructed all the same: its features then recognise better, e.g. with 0.5")
+    parser.option("--grey", real(0, 1), 0.0, "P", "likewise: share of the images that it is shown without colour")
+    parser.option("--seed", options.seed, 1, "K", "of weights, order and noise")
+    options.add_run_options(parser)
+    parser.switch("--evaluate", "do not train: test --pretrained (or the output folder's model.pt), draw its pictures")
+    parser.option("--log-interval", whole(1), 50, "K", "steps between logged figures")
+    parser.option("--save-interval", whole(1), 1, "K", "epochs between checkpoints")
     return parser
 
 
 def parse(argv):
-    """The checked options, the content of the model file they name, and of the checkpoint to go on from (or None)."""
+    """The Settings, the content of the model file they name, and of the checkpoint to go on from (or None)."""
     parser = build_parser()
-    args, given = parser.parse_args(argv), parser.given(argv)
-    args.typed = {name: getattr(args, name) for name in given}
-    options.settle_resume(args, "checkpoints")
-    if args.resume is not None:
-        return args, None, find_checkpoint(args, given)
-    if args.evaluate and args.pretrained is None:
-        args.pretrained = os.path.join(args.output_folder, "model.pt")
-    file = checkpoints.load(args.pretrained, checkpoints.MODEL) if args.pretrained else None
-    if args.evaluate:
-        options.follow_data(args, given, file["args"])
-        for name in TESTED_WITH:
-            if name not in given:
-                setattr(args, name, file["args"].get(name, getattr(args, name)))  # older files know fewer
-    if file:
-        options.follow_file(args, given, file["options"], args.pretrained)
-    options.complete(args, given)
-    args.py = prior(args)
-    own = os.path.realpath(os.path.join(args.output_folder, "model.pt"))
-    if args.overwrite and args.pretrained and os.path.realpath(args.pretrained) == own:
-        raise console.UsageError(f"--overwrite would delete {args.pretrained} first; give another --output-folder")
-    if args.target == "edges" and args.recon_mask:
-        raise console.UsageError("--target edges has edges alone to reconstruct; drop --recon-mask or the target")
-    if args.min_temp > args.temp:
-        raise console.UsageError(f"--min-temp {args.min_temp:g} is above --temp {args.temp:g}; swap them or drop one")
-    return args, file, None
+    typed, file, checkpoint = parser.typed(argv), None, None
+    values = options.merge(parser.defaults, {}, typed)
+    if values["resume"] is not None:
+        folder, checkpoint = training.find_run(values, "checkpoints", training.TRAINING)
+    if checkpoint:
+        values = options.follow_run(parser.defaults, checkpoint["args"], typed, FREE) | {"output_folder": folder}
+        return options.Settings(**values), None, checkpoint
+    if values["evaluate"] and values["pretrained"] is None:
+        values["pretrained"] = os.path.join(values["output_folder"], "model.pt")
+    if values["pretrained"]:
+        file = training.load(values["pretrained"], training.MODEL)
+        saved = {**file["options"], **(options.data_of(file, typed, TESTED_WITH) if values["evaluate"] else {})}
+        saved["pretrained"] = values["pretrained"]
+        values = options.merge(parser.defaults, saved, typed, options.DESCRIBED, values["pretrained"])
+        options.check_channels(values["dataset"], file["options"], values["pretrained"])
+    values = options.complete(values, typed)
+    values["py"] = values["py"] or 1 / values["num_parts"]
+    check(values)
+    return options.Settings(**values), file, None
 
 
-def find_checkpoint(args, given):
-    """The content of the checkpoint that --resume means; `args` follows it."""
-    place = Path(args.resume or args.output_folder)
-    if place.is_file():
-        checkpoint, folder = checkpoints.load(place, checkpoints.TRAINING), place.resolve().parent.parent
-    else:
-        folder = place.parent if place.name == "checkpoints" else place
-        checkpoint = checkpoints.newest(str(folder / "checkpoints"), checkpoints.TRAINING)
-    options.own_folder(args, given, str(folder), CONTENTS[0])
-    options.follow_run(args, given, checkpoint["args"], FREE)
-    return checkpoint
+def check(values):
+    """Raises UsageError for options that exclude each other."""
+    own = os.path.join(values["output_folder"], "model.pt")
+    if values["py"] == 1 and values["arch"] == "patchy" and not values["categorical"]:
+        raise UsageError("--py must lie below 1, and a single part has no default; give one, e.g. --py 0.5")
+    if values["overwrite"] and values["pretrained"] and os.path.realpath(values["pretrained"]) == os.path.realpath(own):
+        raise UsageError(f"--overwrite would delete {own} first; give another --output-folder")
+    if values["target"] == "edges" and values["recon_mask"]:
+        raise UsageError("--target edges has edges alone to reconstruct; drop --recon-mask or the target")
+    if values["min_temp"] > values["temp"]:
+        raise UsageError(f"--min-temp {values['min_temp']:g} is above --temp {values['temp']:g}; drop one")
 
 
-def prior(args):
-    """The prior probability of a part: --py, or 1/N."""
-    py = 1 / args.num_parts if args.py is None else args.py
-    if py == 1 and args.arch == "patchy" and not args.categorical:
-        raise console.UsageError("--py must lie below 1, and a single part has no default; give one, e.g. --py 0.5")
-    return py
-
-
-@ranks.together
+@runtime.together
 def main(argv=None):
     """Train, or evaluate, as `argv` says; returns the best test figures: a dict of floats."""
-    args, file, checkpoint = parse(argv)
-    splits = ("test",) if args.evaluate else ("unlabelled", "test")
-    if not args.evaluate:
-        options.check_batch(min(args.batch_size, args.img_per_epoch), (args.size // args.scale) ** 2)
-        tracking.check_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
-    device = runtime.choose_device(args.no_cuda)
-    args.precision = runtime.choose_precision(args.precision, device)  # kept: a resumed run must not change it
-    with ranks.main_first():
-        sources = [open_split(args.dataset, args.data_folder, split, args.size) for split in splits]
-    *train, test = opened = options.open_batches(args, sources, device)
-    described = options.describe_model(args)
-    torch.manual_seed(args.seed)
+    settings, file, checkpoint = parse(argv)
+    folder = Path(settings.output_folder)
+    if not settings.evaluate:
+        options.check_batch(step_size(settings), (settings.size // settings.scale) ** 2)
+        folder = training.prepare_folder(folder, CONTENTS, KEPT, settings.overwrite, keep=checkpoint is not None)
+    device = runtime.choose_device(settings.no_cuda)
+    settings = settings.changed(precision=runtime.choose_precision(settings.precision, device))
+    *train, test = opened = open_data(settings, device)
+    described = options.describe_model(settings)
+    torch.manual_seed(settings.seed)
     model = runtime.channels_last(modules.build_model(described).to(device))
     if file or checkpoint:
         model.load_state_dict((file or checkpoint)["model"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{args.dataset}: {options.count_images(opened)}, {args.size} px, {runtime.describe(device)}")
-    print(f"{args.arch}: {parameters:,} parameters, encoder {args.encoder_arch}, {bottleneck(args)}")
-    if args.evaluate:
-        return evaluate_only(args, model, test)
-    folder = tracking.prepare_folder(args.output_folder, CONTENTS, args.overwrite, keep=checkpoint is not None)
-    if ranks.is_main():
-        tracking.write_json(folder / "args.json", {**vars(args), **runtime.record()})
-    return fit(args, described, model, *train, test, folder, checkpoint)
+    print(f"{settings.dataset}: {batches.count_images(opened)}, {settings.size} px, {runtime.describe(device)}")
+    print(f"{settings.arch}: {parameters:,} parameters, encoder {settings.encoder_arch}, {bottleneck(settings)}")
+    if settings.evaluate:
+        return evaluate_only(settings, model, test)
+    if runtime.is_main():
+        runtime.write_json(folder / "args.json", {**vars(settings), **runtime.record()})
+    return fit(settings, described, model, *train, test, folder, checkpoint)
 
 
-def fit(args, described, model, train, test, folder, checkpoint=None):
+def step_size(settings):
+    return min(settings.batch_size, settings.img_per_epoch)
+
+
+def open_data(settings, device):
+    """Batches to train and to test on; of --evaluate the test images alone, which are all where there are no splits."""
+    splits = ("unlabelled", "test")
+    if settings.evaluate:
+        splits = ("all",) if "data_folder" in settings.typed or "dataset" in settings.typed else ("test",)
+    with runtime.main_first():
+        sources = [open_split(settings.dataset, settings.data_folder, split, settings.size) for split in splits]
+    return batches.open_batches(settings, sources, device)
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def fit(settings, described, model, train, test, folder, checkpoint=None):
     """The whole training. Returns the best test figures."""
-    optimizer = build_optimizer(args, model)
-    batch_size = min(args.batch_size, args.img_per_epoch)
-    progress = loop.Progress(steps_per_epoch=math.ceil(args.img_per_epoch / batch_size))
-    if checkpoint:
-        loop.restore(checkpoint, optimizer, progress, folder / "checkpoints", len(train))
-    last_step = args.num_epochs * progress.steps_per_epoch
-    # Order, mirroring and noise are functions of (seed, step): the step is all that has to be remembered of them.
-    stream = train.training(batch_size, args.seed, progress.step + 1, last_step)
-    network = runtime.compiled(ranks.parallel(model), args.compile)
-    content = {"kind": checkpoints.TRAINING, "model": model, "optimizer": optimizer, "images": len(train)}
-    with (
-        tracking.Tracker(folder, step=progress.step, owes_test=progress.owes_test) as tracker,
-        loop.Keeper(folder / "checkpoints", args, progress, tracker, **content) as keeper,
-    ):
-        if progress.owes_test:
-            finish_epoch(args, described, model, test, progress, tracker, keeper)
-            keeper.after_step(regular=True)
-        network.train()
-        for x, _ in loop.bar(stream, "steps", last_step, progress.step):  # B×C×H×W
-            progress.step += 1
-            train_step(args, network, optimizer, x, batch_size, progress)
-            if progress.epoch_ends or progress.step_in_epoch % args.log_interval == 0:
-                log_training(args, progress, tracker)
-            if progress.epoch_ends:
-                finish_epoch(args, described, model, test, progress, tracker, keeper)
-                network.train()
-            is_saved_epoch = progress.epoch_ends and progress.epoch % args.save_interval == 0
-            keeper.after_step(regular=is_saved_epoch or progress.step == last_step)
-        tracker.event("end", **progress.best)
-        tracker.options(vars(args), {f"best/{name}": value for name, value in progress.best.items()})
-    say_farewell(args, progress.first, progress.best, folder, train.source)
-    return progress.best
+    optimizer = build_optimizer(settings, model)
+    content = {"kind": training.TRAINING, "model": model, "optimizer": optimizer, "images": len(train)}
+    epochs = step_size(settings), settings.img_per_epoch, settings.num_epochs
+    intervals = settings.log_interval, settings.save_interval
+    with training.Run(folder, settings, content, *epochs, checkpoint, *intervals) as run:
+        network = runtime.compiled(runtime.parallel(model), settings.compile).train()
+        # Order, mirroring and noise are functions of (seed, step): the step is all that has to be remembered of them.
+        stream = train.training(run.batch_size, settings.seed, run.step + 1, run.last_step)
+        for step, (x, _) in run.steps(stream, partial(finish_epoch, settings, described, model, test, run)):
+            temperature = modules.temperature_at(step, settings.temp, settings.anneal, settings.min_temp)
+            terms = train_step(settings, network, optimizer, x, step, temperature, run.batch_size)  # x: B×C×H×W
+            run.add(terms, temperature=temperature, learning_rate=settings.lr)
+        run.conclude()
+    say_farewell(settings, run.first, run.best, folder, train.source)
+    return run.best
 
 
-def build_optimizer(args, model):
+def build_optimizer(settings, model):
     """Adam as the paper has it."""
-    return torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
+    return torch.optim.Adam(model.parameters(), lr=settings.lr, betas=(0.5, 0.999), fused=True)
 
 
-def train_step(args, model, optimizer, x, batch_size, progress):
-    """One optimiser step on x: B×C×H×W, this process's share of the batch, and its loss terms added to the means.
+def train_step(settings, network, optimizer, x, step, temperature, batch_size):
+    """One optimiser step on x, B×C×H×W, this process's share of the batch: its loss terms, a dict of vectors of B.
 
-    `model` has to be in training mode.
+    `network` has to be in training mode.
     """
-    temperature = modules.temperature_at(progress.step, args.temp, args.anneal, args.min_temp)
     temperature = torch.full((), temperature, device=x.device)  # a number would be compiled in
-    runtime.seed_step(args.seed, progress.step, x.device)
+    runtime.seed_step(settings.seed, step, x.device)
     optimizer.zero_grad()
-    shown = modules.damage(x, args.hide, args.grey, args.scale // 2)  # B×C×H×W
-    with runtime.autocast(args.precision, x.device):
-        output = model(shown, temperature)
-    terms = loss(args, x, output)
-    ranks.batch_mean(terms["total"], batch_size).backward()
+    shown = modules.damage(x, settings.hide, settings.grey, settings.scale // 2)  # B×C×H×W
+    with runtime.autocast(settings.precision, x.device):
+        output = network(shown, temperature)
+    terms = loss(settings, x, output)
+    runtime.batch_mean(terms["total"], batch_size).backward()
     optimizer.step()
-    progress.window_means.add(terms)
-    progress.watch.images += batch_size
+    return terms
 
 
-def loss(args, x, output):
+def loss(settings, x, output):
     """The loss terms of a batch as the options weigh them: a dict of vectors of length B."""
-    cell = args.scale if args.recon_mask == "edge" else None
-    return modules.loss_terms(target_of(args, x), output, args.beta_a, args.beta_v, cell)
+    cell = settings.scale if settings.recon_mask == "edge" else None
+    return modules.loss_terms(target_of(settings, x), output, settings.beta_a, settings.beta_v, cell)
 
 
-def target_of(args, x):
+def target_of(settings, x):
     """What --target wants reconstructed of x: B×C×H×W -> B×C×H×W."""
-    return modules.reconstruction_target(x, args.target, *normalisation(x.shape[1], args.inet))
+    return modules.reconstruction_target(x, settings.target, *normalisation(x.shape[1], settings.inet))
 
 
-@torch.no_grad()
-def evaluate(args, model, test, heed=iter):
-    """Mean loss terms over the test images, each seen once, without sampling, and two counts of parts.
+# ---------------------------------------------------------------------------------------------------- testing
+
+
+def evaluate(settings, model, stream, images):
+    """Mean loss terms over the `images` test images of `stream`, without sampling, and two counts of parts.
 
     In use: a latent of the part varies over images. Above half: the part surely occurs in some cell of some image.
     """
-    ranks.share_statistics(model)
-    model.eval()
-    means, moments, surest = tracking.Means(), 0, []
-    for x, _ in heed(test.in_order(args.batch_size)):
-        output = model(x)
-        means.add(loss(args, x, output))
-        if output.posterior.occurrence is not None:
-            surest.append(output.posterior.occurrence.amax(dim=(0, 2, 3)))  # of each part
-        latents = posterior_means(output.posterior).double()  # B×parts×latents of a part
-        moments = moments + torch.stack([latents.sum(0), latents.square().sum(0)])
-    mean, mean_square = ranks.total(moments) / len(test)
+    means, moments, surest = training.Means(), 0, []
+    runtime.share_statistics(model)
+    with training.evaluating(model):
+        for x, _ in stream:
+            output = model(x)
+            means.add(loss(settings, x, output))
+            if output.posterior.occurrence is not None:
+                surest.append(output.posterior.occurrence.amax(dim=(0, 2, 3)))  # of each part
+            latents = posterior_means(output.posterior).double()  # B×parts×latents of a part
+            moments = moments + torch.stack([latents.sum(0), latents.square().sum(0)])
+    mean, mean_square = runtime.total(moments) / images
     active = (mean_square - mean.square()).amax(dim=1) > ACTIVE
-    figures = {**means.read(), f"{UNITS[args.arch]}_in_use": int(active.sum())}
+    found = {**means.read(), f"{UNITS[settings.arch]}_in_use": int(active.sum())}
     if surest:
-        figures["parts_above_half"] = int((ranks.largest(torch.stack(surest).amax(dim=0)) > 0.5).sum())
-    return figures
+        found["parts_above_half"] = int((runtime.largest(torch.stack(surest).amax(dim=0)) > 0.5).sum())
+    return found
 
 
 def posterior_means(posterior):
@@ -310,107 +236,96 @@ def posterior_means(posterior):
     return torch.cat([posterior.mean, posterior.occurrence.flatten(2)], dim=2)
 
 
-def log_training(args, progress, tracker):
-    """The means since the last call, in metrics.jsonl and TensorBoard."""
-    means, speed = progress.close_window()
-    temperature = modules.temperature_at(progress.step, args.temp, args.anneal, args.min_temp)
-    state = {"temperature": temperature, "learning_rate": args.lr, "images_per_second": speed}
-    tracker.event("train", epoch=progress.epoch, step=progress.step, **means, **state)
-    tracker.scalars(progress.step, {**{f"loss/train/{name}": value for name, value in means.items()}, **state})
-
-
-def finish_epoch(args, described, model, test, progress, tracker, keeper):
+def finish_epoch(settings, described, model, test, run):
     """Test, report, keep the best model, draw."""
-    figures = keeper.test(evaluate, args, model, test)
-    if figures is None:  # a signal came; the run that goes on tests again
-        return
-    train_terms = progress.epoch_means.read()
-    progress.first = progress.first or figures
-    if progress.best is None or figures["total"] < progress.best["total"]:
-        progress.best = {**figures, "epoch": progress.epoch}
-        content = {"options": described, "args": vars(args), "epoch": progress.epoch, "test": figures}
-        content["model"] = model.state_dict()
-        if ranks.is_main():
-            checkpoints.save(tracker.folder / "model.pt", {"kind": checkpoints.MODEL, **content})
-    tracker.event("test", epoch=progress.epoch, step=progress.step, **figures, train_mean=train_terms)
-    tags = {name: name if name.endswith(COUNTS) else f"loss/test/{name}" for name in figures}
-    tracker.scalars(progress.step, {tags[name]: value for name, value in figures.items()})
-    for name, picture in draw_pictures(args, model, test).items() if ranks.is_main() else ():
-        tracker.picture(name, progress.step, picture, f"images/{name}_epoch_{progress.epoch:03d}.png")
-    losses = f"train {in_words(args, train_terms)}  test {in_words(args, figures)}"
-    tqdm.write(
-        f"epoch {progress.epoch}/{args.num_epochs}  {losses}  {in_use(args, figures)}  {progress.speed:.0f} images/s"
-    )
-    progress.close_epoch()
+    found = evaluate(settings, model, run.interruptible(test.in_order(settings.batch_size)), len(test))
+    trained = run.epoch_means.read()
+    improved = run.best is None or found["total"] < run.best["total"]
+    run.note_test(found, improved)
+    if improved and runtime.is_main():
+        content = {"options": described, "args": vars(settings), "epoch": run.epoch, "test": found}
+        training.save(run.folder / "model.pt", {"kind": training.MODEL, "model": model.state_dict(), **content})
+    is_count = {name: name.startswith(("parts_", "latents_")) for name in found}
+    run.scalars({name.replace("_", "/", 1) if is_count[name] else f"loss/test/{name}": found[name] for name in found})
+    if runtime.is_main():
+        for name, picture in draw_pictures(settings, model, test).items():
+            run.picture(name, picture, f"images/{name}_epoch_{run.epoch:03d}.png")
+    losses = f"train {in_words(settings, trained)}  test {in_words(settings, found)}"
+    words = f"{losses}  {in_use(settings, found)}  {run.speed:.0f} images/s"
+    tqdm.write(f"epoch {run.epoch}/{settings.num_epochs}  {words}")
 
 
-def in_words(args, terms):
-    """The raw terms with their weights, and their total, in a line."""
-    weight = {"kl_app": f"{args.beta_a:g}x", "kl_occ": f"{args.beta_v:g}x"}
-    shown = {name: value for name, value in terms.items() if not name.endswith((*COUNTS, "_weighted"))}
-    return " ".join(f"{name} {weight.get(name, '')}{value:.1f}" for name, value in shown.items())
-
-
-def bottleneck(args):
-    """The bottleneck in words."""
-    cells = args.size // args.scale
-    if args.arch == "vae":
-        return f"one vector of {args.num_parts * args.hidden_size} latents"
-    return f"{args.num_parts} parts of size {args.hidden_size} on {cells}x{cells} cells"
-
-
-def in_use(args, figures):
-    """How much of the bottleneck says something about the image, in words."""
-    unit = UNITS[args.arch]
-    total = args.num_parts * (args.hidden_size if unit == "latents" else 1)
-    sure = f", {figures['parts_above_half']} above one half" if "parts_above_half" in figures else ""
-    return f"{figures[f'{unit}_in_use']} of {total} {unit} in use{sure}"
-
-
-@torch.no_grad()
-def draw_pictures(args, model, test):
+def draw_pictures(settings, model, test):
     """PIL grids by name: reconstructions, where the parts occur (if there are parts), samples from the prior."""
-    model.eval()
     x = test.examples(SHOWN)  # SHOWN×C×H×W
-    mean, std = test.mean.flatten().tolist(), test.std.flatten().tolist()
-    output = model(x)
-    rows = [x, output.reconstruction] if args.target == "image" else [x, target_of(args, x), output.reconstruction]
-    originals, *_, copies = rows = [list(grids.to_rgb(images, mean, std)) for images in rows]
-    pictures = {"reconstructions": grids.grid(rows)}
+    with training.evaluating(model):
+        output = model(x)
+        runtime.seed_step(settings.seed, 0, x.device)  # the same draws after every epoch
+        drawn = model.draw(2 * SHOWN, x.device)
+    rgb = partial(figures.to_rgb, mean=test.mean.flatten().tolist(), std=test.std.flatten().tolist())
+    target = [] if settings.target == "image" else [rgb(target_of(settings, x))]
+    originals, copies, samples = rgb(x), rgb(output.reconstruction), rgb(drawn)
+    pictures = {"reconstructions": figures.grid([originals, *target, copies])}
     if output.posterior.occurrence is not None:
-        pictures["occurrence"] = grids.occurrence_grid(originals, copies, output.posterior.occurrence.cpu().numpy())
-    runtime.seed_step(args.seed, 0, x.device)  # the same draws after every epoch
-    drawn = list(grids.to_rgb(model.draw(2 * SHOWN, x.device), mean, std))
-    return {**pictures, "samples": grids.grid([drawn[:SHOWN], drawn[SHOWN:]])}
+        occurrence = output.posterior.occurrence.cpu().numpy()
+        pictures["occurrence"] = figures.occurrence_grid(originals, copies, occurrence)
+    return {**pictures, "samples": figures.grid([samples[:SHOWN], samples[SHOWN:]])}
 
 
-def evaluate_only(args, model, test):
+def evaluate_only(settings, model, test):
     """Test the model and leave its pictures in the output folder's evaluated/."""
-    figures = evaluate(args, model, test)
-    if not ranks.is_main():
-        return figures
-    folder = Path(args.output_folder, "evaluated")
-    for name, picture in draw_pictures(args, model, test).items():
-        grids.save(picture, str(folder / f"{name}.png"))
-    print(f"test  {in_words(args, figures)}  {in_use(args, figures)}")
-    print(f"its pictures are in {tracking.relative(folder)}")
-    return figures
+    found = evaluate(settings, model, test.in_order(settings.batch_size), len(test))
+    if runtime.is_main():
+        folder = Path(settings.output_folder, "evaluated")
+        for name, picture in draw_pictures(settings, model, test).items():
+            figures.save(picture, str(folder / f"{name}.png"))
+        print(f"test  {in_words(settings, found)}  {in_use(settings, found)}")
+        print(f"its pictures are in {runtime.relative(folder)}")
+    return found
 
 
-def say_farewell(args, first, best, folder, source):
+# ---------------------------------------------------------------------------------------------------- words
+
+
+def in_words(settings, terms):
+    """The raw terms with their weights, and their total, in a line."""
+    weight = {"kl_app": f"{settings.beta_a:g}x", "kl_occ": f"{settings.beta_v:g}x"}
+    shown = [name for name in ("recon", "kl_app", "kl_occ", "total") if name in terms]
+    return " ".join(f"{name} {weight.get(name, '')}{terms[name]:.1f}" for name in shown)
+
+
+def bottleneck(settings):
+    """The bottleneck in words."""
+    cells = settings.size // settings.scale
+    if settings.arch == "vae":
+        return f"one vector of {settings.num_parts * settings.hidden_size} latents"
+    return f"{settings.num_parts} parts of size {settings.hidden_size} on {cells}x{cells} cells"
+
+
+def in_use(settings, found):
+    """How much of the bottleneck says something about the image, in words."""
+    if settings.arch == "vae":
+        return f"{found['latents_in_use']} of {settings.num_parts * settings.hidden_size} latents in use"
+    return f"{found['parts_above_half']} of {settings.num_parts} parts are sure somewhere"
+
+
+def say_farewell(settings, first, best, folder, source):
     """What was learned, and what to do next with the images of `source`."""
-    place = tracking.relative(folder)
+    place = runtime.relative(folder)
+    quoted = shlex.quote(place)
     before = f"epoch 1: {first['recon']:.1f}, total {first['total']:.1f}"
     print(f"best epoch {best['epoch']}: reconstruction error {best['recon']:.1f}, total {best['total']:.1f} ({before})")
-    print(f"{in_use(args, best)}; the model is {place}/model.pt, the pictures are in {place}/images")
-    if not best[f"{UNITS[args.arch]}_in_use"]:
+    print(f"{in_use(settings, best)}; the model is {place}/model.pt, the pictures are in {place}/images")
+    if not best.get("parts_above_half", best.get("latents_in_use")):
         print("nothing is in use yet: train longer, with a higher --lr such as 1e-3 or a lower --beta-v such as 2")
-    print(f"next: tensorboard --logdir {shlex.quote(place)}/logs")
+    print(f"next: tensorboard --logdir {quoted}")
+    if settings.arch == "patchy":
+        print(f"      python utils/parts.py --pretrained {quoted}/model.pt")
     if source.labels is not None and len(source.classes) > 1:
-        data = f"--dataset {args.dataset} --data-folder {shlex.quote(args.data_folder)}"
-        encoder = f"--arch {args.arch} --pretrained {shlex.quote(place)}/model.pt --freeze -1 --epochs 10 --lr 0.01"
-        print(f"      python classifier.py {data} {encoder} --output-folder {shlex.quote(place)}")
+        data = f"--dataset {settings.dataset} --data-folder {shlex.quote(settings.data_folder)}"
+        encoder = f"--arch {settings.arch} --pretrained {quoted}/model.pt --freeze -1 --epochs 10 --lr 0.01"
+        print(f"      python classifier.py {data} {encoder} --output-folder {quoted}")
 
 
 if __name__ == "__main__":
-    console.run(main)
+    runtime.start(main)

@@ -1,20 +1,25 @@
-"""From an image source to normalised batches on the training device.
+"""From image sources to normalised batches on the training device.
 
-    PIL image → resized, centre-cropped uint8 pixels → kept by utils/cache.py → flipped, normalised batch
+    PIL image → resized, centre-cropped uint8 pixels → table of pixels → mirrored, normalised batch
 
-An image source has `len()`, `channels`, `image(index)` -> PIL image, `labels` (int64 array, or None) and, if it is made
-of files, `listing()` and `path(index)`; see datasets.py.
+Each image is decoded once, by worker processes, when it is first asked for: into a table N×C×S×S on the device, in
+memory, or in a file that later runs share.
 """
 
 import atexit
 import contextlib
 import functools
+import glob
 import hashlib
-import itertools
+import io
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -22,24 +27,34 @@ import torch
 from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
-from utils import cache, checkpoints, console, ranks
-from utils.console import RunError
+from datasets import DATA_SETS, normalisation
+from utils import runtime
+from utils.runtime import RunError
 
+CACHES = ("auto", "device", "ram", "disk", "none")  # of --cache
 CACHE_FOLDER = ".cache"  # below the data folder, unless --cache-folder says otherwise
-DECODING = {"version": 2, "resize": "bilinear, antialiased, centre crop", "Pillow": PIL.__version__}  # of cached pixels
+DECODING = {"version": 3, "resize": "bilinear, antialiased, centre crop", "Pillow": PIL.__version__}  # of a cache file
+CHUNK = 64  # images that are decoded at once while all are
+LONGEST = 16  # times its width may an image be high, or the reverse, before its ends are cut off unseen
+
+
+# ---------------------------------------------------------------------------------------------------- pixels
 
 
 def resize_and_crop(image, size):
     """PIL image -> size×size: the shorter side resized (antialiased), the middle of the longer one kept."""
-    if image.size != (size, size):
-        image = transforms.center_crop(transforms.resize(image, size), size)
-    return image
+    if image.size == (size, size):
+        return image
+    longest = LONGEST * min(image.size)
+    if max(image.size) > longest:  # resizing all of it could take gigabytes
+        image = transforms.center_crop(image, [min(image.height, longest), min(image.width, longest)])
+    return transforms.center_crop(transforms.resize(image, size), size)
 
 
 class Pixels(torch.utils.data.Dataset):
     """An image source as uint8 pixels.
 
-    A batch of indices gives B×C×size×size, and a dict of index -> message of those that cannot be decoded.
+    A batch of rows gives a numpy array B×C×size×size, and a dict of row -> message of those that cannot be decoded.
     """
 
     def __init__(self, source, size):
@@ -48,40 +63,43 @@ class Pixels(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.source)
 
-    def __getitems__(self, indices):
-        # An error is returned, not raised: raised in a worker it would arrive wrapped in a traceback.
-        pixels, errors = np.zeros((len(indices), *self.shape), np.uint8), {}
-        for place, index in enumerate(indices):
+    def __getitems__(self, rows):
+        # Errors are returned: raised in a worker they would arrive wrapped in a traceback. And numpy arrays come
+        # through a pipe, where tensors would need shared memory and a socket, which containers are short of.
+        pixels, errors = np.zeros((len(rows), *self.shape), np.uint8), {}
+        for place, row in enumerate(rows):
             try:
-                image = np.asarray(resize_and_crop(self.source.image(index), self.size))
+                image = np.asarray(resize_and_crop(self.source.image(row), self.size))
                 pixels[place] = image if image.ndim == 2 else image.transpose(2, 0, 1)
             except RunError as error:
-                errors[int(index)] = str(error)
-        return torch.from_numpy(pixels), errors
+                errors[int(row)] = str(error)
+        return pixels, errors
 
 
 class TrainingOrder:
-    """Which images each optimiser step sees: a pure function of (seed, step), whatever the data set's size.
+    """Which of the images `rows`, an int array, each optimiser step sees: a pure function of (seed, step).
 
-    The steps cut an endless stream, one fresh shuffle of the data set after another, into batches of equal size.
+    The steps cut an endless stream, one fresh shuffle of the data set after another, into batches of equal size. Of
+    several processes each gets its share of every batch.
     """
 
-    def __init__(self, images, batch_size, seed, first_step, last_step):
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+    def __init__(self, rows, batch_size, seed, first_step, last_step):
+        self.rows, self.images, self.batch_size, self.seed = rows, len(rows), batch_size, seed
         self.steps = range(first_step, last_step + 1)  # counted from 1
+        self.own = runtime.share(batch_size)
 
     def __len__(self):
         return len(self.steps)
 
     def __iter__(self):
-        return (self.indices(step) for step in self.steps)
+        return (self.indices(step)[self.own] for step in self.steps)
 
     def indices(self, step):
-        """The images of step 1, 2, …: batch_size indices, an int array."""
+        """The images of step 1, 2, … in all processes: batch_size indices, an int array."""
         positions = np.arange((step - 1) * self.batch_size, step * self.batch_size)
         rounds, places = np.divmod(positions, self.images)
         shuffles = [_shuffle(self.seed, number, self.images)[places[rounds == number]] for number in np.unique(rounds)]
-        return np.concatenate(shuffles)  # rounds ascend
+        return self.rows[np.concatenate(shuffles)]  # rounds ascend
 
 
 @functools.lru_cache(maxsize=2)  # the current shuffle and the one before it
@@ -94,63 +112,60 @@ def flips(seed, step, batch_size):
     return torch.from_numpy(np.random.default_rng([seed, 1, step]).random(batch_size) < 0.5)
 
 
-def choose_cache(wanted, sources, size, device, folder):
-    """Where the decoded pixels of all `sources` go: the cache mode `wanted`, or for "auto" the first with room.
-
-    `folder`: where "disk" keeps its files. Prints the choice. Raises RunError where the memory wanted is too small.
-    """
-    needed = sum(len(source) * source.channels for source in sources) * size**2
-    room = cache.room(device, folder)
-    if all(map(_has_files, sources)):
-        paths = [_cache_path(source, size, folder) for source in sources]
-        built = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
-        room = room._replace(disk=room.disk + built)
-    else:
-        room = room._replace(disk=0)
-        if wanted == "disk":
-            print("cache: --cache disk is for image files; what is drawn or bundled stays in memory")
-            wanted = "ram"
-    room = room._replace(host=room.host // ranks.local_count())  # each process keeps its own copy
-    mode = cache.choose(wanted, needed, room)
-    places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}", "none": "nowhere"}
-    print(f"cache: {cache.amount(needed)} of decoded images are kept {places[mode]}")
-    return mode
+def slices(whole, size):
+    """The numbers of the slice `whole`, in order, as a list of int arrays of `size` (the last may be smaller)."""
+    return [np.arange(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size)]
 
 
-def _has_files(source):
-    return hasattr(source, "listing")
+# ---------------------------------------------------------------------------------------------------- batches
 
 
-def _cache_path(source, size, folder, ending=".npy"):
-    """The path in the cache folder for what belongs to `source`, Files, at `size` pixels."""
-    place = os.path.relpath(os.path.realpath(source.root), os.path.realpath(folder))  # both may move together
-    digits = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
-    parts = [os.path.basename(place).strip(".") or "images", source.part, f"{size}px", digits]
-    return os.path.join(folder, "-".join(part for part in parts if part) + ending)
+class Form(NamedTuple):
+    """What a batch looks like."""
+
+    size: int
+    mean: list  # a number per channel, of pixels in [0, 1]
+    std: list
+    flip: bool = False  # whether training mirrors images
+
+
+class Loading(NamedTuple):
+    """How images are decoded, and where their pixels stay."""
+
+    workers: int = 0
+    cache: str = "none"  # one of CACHES but "auto"
+    folder: str | None = None  # of cache files, and of lists of broken images
+    skip_broken: bool = False
+
+
+def open_batches(settings, sources, device):
+    """Batches for each of the image sources, as the data options say: a list. Raises RunError."""
+    if min(map(len, sources)) < runtime.count():
+        raise RunError(f"{runtime.count()} processes share {min(map(len, sources))} images; start fewer")
+    for source in sources:
+        runtime.check_same(len(source), "the number of images")
+    row = DATA_SETS[settings.dataset]
+    form = Form(settings.size, *normalisation(row.channels, settings.inet), row.flip)
+    folder = settings.cache_folder or os.path.join(settings.data_folder, CACHE_FOLDER)
+    cache = choose_cache(settings.cache, sources, settings.size, device, folder)
+    loading = Loading(settings.workers, cache, folder, settings.skip_broken)
+    return [Batches(source, form, device, loading) for source in sources]
 
 
 class Batches:
-    """An image source as normalised float batches on `device`; the host sends uint8.
+    """An image source as normalised float batches on `device`; the host sends uint8."""
 
-    `mode`, one of cache.MODES except "auto": where decoded pixels are kept; "disk" is for Files. `skip_broken`: decode
-    everything at the start and leave out, here and in `source`, what cannot be. `folder`: where both keep their files.
-    """
-
-    def __init__(
-        self, source, size, mean, std, device, workers=0, flip=False, mode="none", folder=None, skip_broken=False
-    ):
-        self.pixels, self.device, self.flip = Pixels(source, size), device, flip
-        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
-        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
-        self.workers = min(workers, -(-(os.cpu_count() or 1) // ranks.local_count()))
-        self.pins = device.type == "cuda" and mode in ("none", "device")  # the other modes pin their own batches
+    def __init__(self, source, form, device, loading=Loading()):  # noqa: B008
+        self.pixels, self.device, self.flip = Pixels(source, form.size), device, form.flip
+        self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (form.mean, form.std))
+        self.workers = min(loading.workers, -(-(os.cpu_count() or 1) // runtime.local_count()))
         labels = np.zeros(len(source), np.int64) if source.labels is None else source.labels
         self.labels = torch.from_numpy(labels).to(device)
-        self.source, self.rows = source, np.arange(len(source))  # what is in use; its rows in pixels, store, labels
-        self.store = self._open_store(mode, folder, skip_broken)
-        if skip_broken and _has_files(source):
-            is_broken = self.store.broken if mode == "disk" else self._find_broken()
-            _list_broken(source, is_broken, _cache_path(source, size, folder, ".skipped.txt"))
+        self.source, self.rows = source, np.arange(len(source))  # what is in use; its rows in pixels, table, labels
+        self.table = self._open_table(loading)
+        if loading.skip_broken and is_files(source):
+            is_broken = self._find_broken() if self.table is None or self.table.broken is None else self.table.broken
+            list_broken(source, is_broken, cache_path(source, form.size, loading.folder, ".skipped.txt"))
             self.rows = np.flatnonzero(~is_broken)
             self.source = source.subset(self.rows)
 
@@ -158,21 +173,19 @@ class Batches:
         return len(self.rows)
 
     def training(self, batch_size, seed, first_step, last_step):
-        """Yields (x: B×C×H×W, labels: B) for each step, in TrainingOrder, mirrored at random if the data allow it.
-
-        Of several processes each gets its share of every batch.
-        """
-        order, own = TrainingOrder(len(self), batch_size, seed, first_step, last_step), ranks.share(batch_size)
-        for step, (pixels, labels) in zip(order.steps, self._load(indices[own] for indices in order)):
-            yield self._normalise(pixels, flips(seed, step, batch_size)[own] if self.flip else None), labels
+        """Yields (x: B×C×H×W, labels: B) for each step, in TrainingOrder, mirrored at random if the data allow it."""
+        order = TrainingOrder(self.rows, batch_size, seed, first_step, last_step)
+        for step, (pixels, labels) in zip(order.steps, self._load(order)):
+            yield self._normalise(pixels, flips(seed, step, batch_size)[order.own] if self.flip else None), labels
 
     def in_order(self, batch_size):
         """Yields (x: B×C×H×W, labels: B): every image once, in the source's order; the last batch may be small.
 
-        Of several processes each gets its share of the images (ranks.share) and of the batch size.
+        Of several processes each gets its share of the images (runtime.share) and of the batch size.
         """
-        batch_size = max(1, batch_size // ranks.count())
-        for pixels, labels in self._load(_slices(ranks.share(len(self)), batch_size)):
+        batch_size = max(1, batch_size // runtime.count())
+        order = [self.rows[positions] for positions in slices(runtime.share(len(self)), batch_size)]
+        for pixels, labels in self._load(order):
             yield self._normalise(pixels), labels
 
     def examples(self, count):
@@ -181,34 +194,33 @@ class Batches:
 
     def chosen(self, indices):
         """x: B×C×H×W, the images at the positions `indices`, an int array of B."""
-        pixels, _ = next(self._load([indices], workers=0))
+        pixels, _ = next(self._load([self.rows[indices]], workers=0))
         return self._normalise(pixels)
 
-    def _open_store(self, mode, folder, skip_broken):
+    def _open_table(self, loading):
         source, shape, is_cuda = self.source, self.pixels.shape, self.device.type == "cuda"
-        if mode == "none":
-            return cache.Nowhere()
-        if mode == "disk":
-            path = _cache_path(source, self.pixels.size, folder)
-            content = cache.open_file(path, source.listing(), shape, DECODING, self._decode, skip_broken)
-            return cache.Mapped(content, self.workers, pinned=is_cuda)
-        place = self.device if mode == "device" else torch.device("cpu")
-        return cache.Memory((len(source), *shape), place, pinned=is_cuda and mode == "ram")
+        if loading.cache == "none":
+            return None
+        if loading.cache == "disk":
+            path = cache_path(source, self.pixels.size, loading.folder)
+            return open_table(path, source, shape, self._decode, loading.skip_broken, pinned=is_cuda)
+        place = self.device if loading.cache == "device" else torch.device("cpu")
+        pixels = torch.empty((len(source), *shape), dtype=torch.uint8, device=place)
+        return Table(pixels, np.zeros(len(source), bool), pinned=is_cuda and place.type == "cpu")
 
     def _find_broken(self):
-        """Decodes everything once, into the store. Returns which images cannot be decoded: N booleans."""
-        broken = set()
-        with tqdm(total=len(self), desc="check", unit="image", leave=False, disable=None) as bar:
-            decode = functools.partial(self._decode, broken=broken)
-            for pixels in self.store.batches(_slices(slice(0, len(self)), cache.CHUNK), decode):
-                bar.update(len(pixels))
+        """Decodes everything once, into the table. Returns which images cannot be decoded: N booleans."""
+        broken, order = set(), slices(slice(0, len(self)), CHUNK)
+        decode = functools.partial(self._decode, broken=broken)
+        for _ in tqdm(self.table.batches(order, decode) if self.table else decode(order), "check", len(order),
+                      leave=False, disable=None):
+            pass
         return np.isin(self.rows, list(broken))
 
     def _load(self, order, workers=None):
-        """Yields (pixels: B×C×S×S uint8, labels: B), both on the device, for all lists of indices in `order`."""
-        order, ahead = itertools.tee(self.rows[indices] for indices in order)
-        batches = self.store.batches(ahead, functools.partial(self._decode, workers=workers))
-        for pixels, rows in zip(batches, order):
+        """Yields (pixels: B×C×S×S uint8, labels: B), both on the device, for all int arrays of rows in `order`."""
+        decode = functools.partial(self._decode, workers=workers)
+        for rows, pixels in zip(order, self.table.batches(order, decode) if self.table else decode(order)):
             labels = self.labels[torch.from_numpy(rows).to(self.device, non_blocking=True)]
             yield pixels.to(self.device, non_blocking=True), labels
 
@@ -222,7 +234,7 @@ class Batches:
             batch_sampler=order,
             num_workers=self.workers if workers is None else workers,
             collate_fn=_as_it_is,
-            pin_memory=self.pins,
+            pin_memory=self.device.type == "cuda",  # arrays stay unpinned, but a thread fetches them
             worker_init_fn=_quiet_worker,
         )
         try:
@@ -233,7 +245,9 @@ class Batches:
                     raise RunError(next(iter(errors.values())))
                 if errors:
                     broken.update(errors)
-                yield pixels
+                yield torch.from_numpy(pixels)
+        except OSError as error:
+            raise RunError(f"no data-loading processes ({runtime.explain(error)}): use --workers 0") from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -244,30 +258,6 @@ class Batches:
             mirrored = mirrored.to(self.device, non_blocking=True)
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         return pixels.float().div_(255).sub_(self.mean).div_(self.std)  # in place: needs memory once
-
-
-def _slices(whole, size):
-    """The numbers of the slice `whole`, in order, as int arrays of `size` (the last may be smaller)."""
-    return (np.arange(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size))
-
-
-def _list_broken(source, is_broken, path):
-    """Lists the broken images of `source` in the file `path`. Raises RunError for more than one in a hundred."""
-    count = int(is_broken.sum())
-    with cache.writing(path):
-        if count:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            lines = [os.fsencode(source.path(row)) + b"\n" for row in np.flatnonzero(is_broken)]
-            with cache.locked(path):  # other processes write the same
-                checkpoints.write(path, lambda file: file.writelines(lines))
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-    found = f"{count:,} of {len(source):,} images cannot be decoded"
-    if count * 100 > len(source):
-        raise RunError(f"{source.root}: {found}, more than one in a hundred; {path} lists them: repair or remove them")
-    if count:
-        print(f"{source.root}: {found} and are left out; {path} lists them")
 
 
 def _as_it_is(batch):
@@ -282,16 +272,265 @@ def _let_die(workers):
 
 def _quiet_worker(worker):
     """Ctrl-C and its like reach the whole process group: the main process alone decides what they mean."""
-    for number in console.STOPPING:
+    for number in runtime.STOPPING:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 @atexit.register
 def _end_workers():
-    """Python ends what is left of its child processes with SIGTERM and waits; ours do not heed that."""
+    """Python ends what is left of its child processes with SIGTERM and waits; ours do not act on that."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would complain of their end
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+class Table:
+    """Decoded pixels, N×C×S×S uint8, and which rows of it are filled.
+
+    `pinned`: batches come in page-locked memory, from where a GPU fetches them by itself. `broken`: rows that cannot be
+    decoded, N booleans, if that is known. `ahead`: a thread reads the next batch meanwhile, as a file's table wants.
+    """
+
+    def __init__(self, pixels, filled, pinned=False, broken=None, ahead=False):
+        self.pixels, self.filled, self.pinned, self.broken, self.ahead = pixels, filled, pinned, broken, ahead
+
+    def batches(self, order, decode):
+        """Yields B×C×S×S uint8, on the table's device, for each int array of rows in `order`, iterable more than once.
+
+        What is not filled is decoded (`decode(order)`: arrays of rows -> pixels), written, and then read.
+        """
+        if self.ahead:
+            yield from _one_ahead(self._take, order)
+            return
+        missing, decoded = self._missing(order), decode(self._missing(order))
+        for rows in order:
+            new = next(missing, None)
+            if new is not None:
+                self._fill(new, next(decoded))
+            yield self._take(rows)
+
+    def _missing(self, order):
+        """Yields the rows of each batch that no batch before it has filled; ends when none can be missing any more."""
+        known = self.filled.copy()  # not shared: a batch that is never reached fills nothing
+        batches = iter(order)
+        while not known.all() and (rows := next(batches, None)) is not None:
+            missing = np.array([row for row in dict.fromkeys(rows.tolist()) if not known[row]], np.int64)
+            known[missing] = True
+            yield missing
+
+    def _fill(self, rows, pixels):
+        device = self.pixels.device
+        self.pixels[torch.from_numpy(rows).to(device, non_blocking=True)] = pixels.to(device, non_blocking=True)
+        self.filled[rows] = True
+
+    def _take(self, rows):
+        device, shape = self.pixels.device, (len(rows), *self.pixels.shape[1:])
+        pixels = torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=self.pinned)
+        return torch.index_select(self.pixels, 0, torch.from_numpy(rows).to(device, non_blocking=True), out=pixels)
+
+
+def _one_ahead(function, items):
+    """Yields function(item) for all items; a thread is one item ahead."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = None
+        for item in items:
+            before, upcoming = upcoming, pool.submit(function, item)
+            if before:
+                yield before.result()
+        if upcoming:
+            yield upcoming.result()
+
+
+def is_files(source):
+    return hasattr(source, "path")
+
+
+def cache_path(source, size, folder, ending=""):
+    """The path in the cache folder for what belongs to `source`, Files, at `size` pixels."""
+    place = os.path.relpath(os.path.realpath(source.root), os.path.realpath(folder))  # both may move together
+    digits = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
+    parts = [os.path.basename(place).strip(".") or "images", source.part, f"{size}px", digits]
+    return os.path.join(folder, "-".join(part for part in parts if part) + ending)
+
+
+def open_table(path, source, shape, decode, skip_broken, pinned):
+    """The Table in the file `path`-HASH.npy, where HASH stands for the images and the way they are decoded.
+
+    It is made if need be, and those of other images or ways are removed. Raises RunError.
+    """
+    stamps = np.array([_stamp(source.path(row)) for row in range(len(source))], np.int64)
+    facts = json.dumps({**DECODING, "shape": shape}).encode(), source.paths.tobytes(), stamps.tobytes()
+    file = f"{path}-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:12]}.npy"
+    table = _read(file, len(source))
+    if table is None:  # without the lock so far: a shared cache may be read-only
+        with _writing(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            patience = functools.partial(runtime.locked, f"{path}.lock")
+            try:
+                lock = patience(1, "")
+            except RunError:
+                print(f"cache: waiting for another process that writes {file}", flush=True)
+                lock = patience(-1, "")
+            with lock:
+                table = _read(file, len(source)) or _build(file, path, (len(source), *shape), decode, skip_broken)
+    pixels, broken = table
+    if broken.any() and not skip_broken:
+        source.image(int(broken.argmax()))  # raises the reason
+    return Table(torch.from_numpy(pixels), np.ones(len(source), bool), pinned, broken, ahead=True)
+
+
+def _stamp(path):
+    """Size in bytes and time of last change in ns of a file; -1 where it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _writing(path):
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}; free some space or choose another --cache-folder") from None
+
+
+def _read(file, rows):
+    """The pixels (mapped into memory) and the broken rows of a cache file; None where it is absent or damaged."""
+    try:
+        pixels, broken = np.load(file, mmap_mode="c"), np.load(f"{file}.broken")
+        return (pixels, broken) if len(pixels) == len(broken) == rows else None
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _build(file, path, shape, decode, skip_broken):
+    needed, free = int(np.prod(shape)), shutil.disk_usage(os.path.dirname(file)).free
+    for other in glob.glob(f"{glob.escape(path)}-*.npy*"):
+        os.remove(other)
+    if needed > free:
+        raise RunError(
+            f"{file}: {amount(needed)} of decoded images do not fit into {amount(free)} of free disk; free some space, "
+            "choose another --cache-folder, or use --cache none"
+        )
+    print(f"cache: {file}: decoding {shape[0]:,} images once ({amount(needed)})", flush=True)
+    broken = set() if skip_broken else None
+
+    def fill(opened):
+        np.lib.format.write_array_header_1_0(opened, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        order = slices(slice(0, shape[0]), CHUNK)
+        for pixels in tqdm(decode(order, broken), "decode", len(order), leave=False, disable=None):
+            opened.write(pixels.numpy())
+
+    def fill_broken(opened):
+        content = io.BytesIO()
+        np.save(content, np.isin(np.arange(shape[0]), list(broken or ())))
+        opened.write(content.getbuffer())
+
+    runtime.write(file, fill)
+    runtime.write(f"{file}.broken", fill_broken)
+    return _read(file, shape[0])
+
+
+def list_broken(source, is_broken, path):
+    """Lists the broken images of `source` in the file `path`. Raises RunError for more than one in a hundred."""
+    count = int(is_broken.sum())
+    if runtime.is_main():
+        with _writing(path), contextlib.suppress(FileNotFoundError):
+            os.makedirs(os.path.dirname(path), exist_ok=True) if count else os.remove(path)
+            lines = [os.fsencode(source.path(row)) + b"\n" for row in np.flatnonzero(is_broken)]
+            if count:
+                runtime.write(path, lambda file: file.writelines(lines))
+    found = f"{count:,} of {len(source):,} images cannot be decoded"
+    if count * 100 > len(source):
+        raise RunError(f"{source.root}: {found}, more than one in a hundred; {path} lists them: repair or remove them")
+    if count:
+        print(f"{source.root}: {found} and are left out; {path} lists them")
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def count_images(opened):
+    """How many images the Batches `opened` have, of training and of test or of test alone, in words."""
+    parts = ("training", "test")[-len(opened) :]
+    return " and ".join(f"{len(batches):,} {part}" for batches, part in zip(opened, parts)) + " images"
+
+
+def choose_cache(wanted, sources, size, device, folder):
+    """Where the decoded pixels of all `sources` go: `wanted`, one of CACHES, or for "auto" the first with room.
+
+    `folder`: where "disk" keeps its files. Prints the choice. Raises RunError where the memory wanted is too small.
+    """
+    needed = sum(len(source) * source.channels for source in sources) * size**2
+    free = {"device": free_on(device), "ram": free_memory() // runtime.local_count(), "disk": 0}
+    if all(map(is_files, sources)):
+        built = [path for source in sources for path in glob.glob(f"{glob.escape(cache_path(source, size, folder))}-*")]
+        free["disk"] = free_disk(folder) + sum(map(os.path.getsize, built))
+    elif wanted == "disk":
+        print("cache: --cache disk is for image files; what is drawn or bundled stays in memory")
+        wanted = "ram"
+    mode = "ram" if wanted == "device" and device.type != "cuda" else wanted
+    if mode == "auto":  # the model wants most of the device, and the system some memory
+        room = {"device": free["device"] // 4, "ram": free["ram"] // 2, "disk": free["disk"]}
+        mode = next((mode for mode, size in room.items() if needed <= size), "none")
+    elif mode in ("device", "ram") and needed > free[mode]:
+        raise RunError(
+            f"--cache {wanted}: {amount(needed)} of decoded images do not fit into {amount(free[mode])} of free "
+            "memory; use --cache disk or none"
+        )
+    places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}", "none": "nowhere"}
+    print(f"cache: {amount(needed)} of decoded images are kept {places[mode]}")
+    return mode
+
+
+def free_on(device):
+    """Bytes of the GPU `device` that are free, or kept by torch without being used; 0 of the CPU."""
+    if device.type != "cuda":
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def free_memory():
+    """Bytes of memory that are free or can be freed; 0 if the system does not tell."""
+    try:
+        with open("/proc/meminfo") as lines:
+            facts = dict(line.split(":") for line in lines)
+        return min(int(facts["MemAvailable"].split()[0]) * 1024, _free_in_container())
+    except (OSError, KeyError, ValueError):
+        pass
+    try:  # other systems: half of all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+def _free_in_container():
+    """Bytes that the memory limit of this container leaves (control groups v2); infinity without one."""
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.stat") as lines:
+            used = dict(line.split() for line in lines)["anon"]  # file pages make room when asked
+            return max(0, int(limit.read()) - int(used))
+    except (OSError, KeyError, ValueError):  # "max", the word for no limit, is a ValueError
+        return float("inf")
+
+
+def free_disk(folder):
+    """Free bytes on the disk where `folder` is or would be made; 0 if it may not be written to."""
+    folder = os.path.abspath(folder)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0
+
+
+def amount(size):
+    """`size` bytes in words."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

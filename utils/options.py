@@ -1,275 +1,282 @@
-"""The options that run.py and classifier.py share, and what they mean together."""
+"""The command line: what was typed, what a file or a run says, and the defaults, put together once."""
 
+import argparse
+import difflib
 import math
 import os
-from pathlib import Path
-
-import torch
+import re
+from types import SimpleNamespace
 
 from datasets import DATA_SETS, normalisation
 from modules import ARCHS, DECODERS, ENCODERS, FIXED_STRIDE
-from utils import batches, cache, checkpoints, ranks, runtime, tracking
-from utils.console import RunError, UsageError, above, whole
+from utils import batches, runtime
+from utils.runtime import RunError, UsageError
 
 SCALES = {"resnet": (4, 8, 16, 32)} | dict.fromkeys(("pyramid", "patches"), (2, 4, 8, 16, 32, 64))
+LEAST = {"alexnet": 28}  # pixels a side, below which an encoder's poolings leave nothing
+PARTS_ONLY = ("categorical", "hard", "independent", "py")
 # What a model file knows of itself; where the command line says otherwise, it contradicts the file.
 DESCRIBED = ("arch", "encoder_arch", "decoder_arch", "size", "inet", "ngf", "independent", "scale", "num_parts")
 DESCRIBED += ("hidden_size", "py", "categorical", "hard")
-NEVER_SAVED = ("output_folder", "overwrite", "resume", "evaluate", "gpu")  # of this command, whatever it goes on with
-DATA_FOLDER = "./data"
-LEAST = {"alexnet": 28}  # pixels a side, below which an encoder's poolings leave nothing
-PARTS_ONLY = ("categorical", "hard", "independent", "py")
+OF_COMMAND = ("output_folder", "overwrite", "resume", "evaluate", "gpu", "typed")  # not of the run that goes on
 
 
-def add_data_options(parser, of_model=False):
-    """The group `data`; `of_model`: the data that the model at hand was trained on are the default, None here."""
-    default = "the model's own" if of_model else "%(default)s"
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset", default=None if of_model else "cifar100", choices=DATA_SETS, metavar="NAME",
-        help=f"one of {', '.join(DATA_SETS)}. shapes, binshapes, bincircles and digits need no files; folder takes "
-        f"your own images (default: {default})",
-    )
-    group.add_argument(
-        "--data-folder", default=None if of_model else DATA_FOLDER, metavar="DIR",
-        help=f"where its files lie or are downloaded to; README lists the layouts (default: {default})",
-    )
-    group.add_argument(
-        "--size", type=whole(2), metavar="PIXELS",
-        help="side of the square images; a multiple of --scale (default: "
-        + (f"{default})" if of_model else "32 for cifar, mnist, shapes and digits, 64 for folders of images)"),
-    )
-    group.add_argument(
-        "--inet", action="store_true",
-        help="normalise with ImageNet's mean and deviation instead of 0.5 and 0.5; the reconstruction then weighs "
-        "about five times as much against the KL terms",
-    )
-    group.add_argument(
-        "-j", "--workers", type=whole(0), default=4, metavar="K",
-        help="processes that decode images, at most one per core; 0 decodes in the main process (default: %(default)s)",
-    )
-    group.add_argument(
-        "--cache", default="auto", choices=cache.MODES,
-        help="where decoded images stay, so that each is decoded once: device (on the GPU), ram, disk (a file in "
-        "--cache-folder, which later runs use too) or none; auto takes the first with room (default: %(default)s)",
-    )
-    group.add_argument(
-        "--cache-folder", metavar="DIR",
-        help="where --cache disk keeps its files; best on a local SSD (default: .cache in the data folder)",
-    )
-    group.add_argument(
-        "--skip-broken", action="store_true",
-        help="decode all images at the start and leave out the broken, at most one in a hundred, listed in the cache "
-        "folder; without it the first broken one stops the run",
-    )
+# ---------------------------------------------------------------------------------------------------- types
 
 
-def add_model_options(parser):
-    """The group `model`, without --arch, whose choices differ between the scripts."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--encoder-arch", default="resnet", choices=ENCODERS,
-        help="resnet: ResNet-18 cut at --scale; resnet18, resnet50, alexnet: whole, scale 32 (alexnet: with zeros "
-        "around an image, so that all of it counts); pyramid: plain stride-2 convolutions; patches: the same, but a "
-        "cell sees only its own pixels (default: %(default)s)",
-    )
-    group.add_argument(
-        "--decoder-arch", default="pyramid", choices=DECODERS,
-        help="patches: a cell draws only its own pixels, so its part has to say what is there; with pyramid neighbours "
-        "help, which looks smoother (default: %(default)s)",
-    )
-    group.add_argument(
-        "--ngf", type=whole(1), default=64, metavar="K",
-        help="width: channels of the decoder's last hidden layer and of pyramid's first (default: %(default)s)",
-    )
-    group.add_argument(
-        "--scale", type=whole(2), metavar="K",
-        help="pixels per cell of the part grid: smaller finds smaller parts (default: 8; 32 for the encoders that are "
-        "whole networks)",
-    )
-    group.add_argument(
-        "--num-parts", type=whole(1), default=16, metavar="N", help="number of parts (default: %(default)s)"
-    )
-    group.add_argument(
-        "--hidden-size", type=whole(1), default=6, metavar="D",
-        help="size of a part's appearance; --arch vae uses one vector of N times D (default: %(default)s)",
-    )
-    group.add_argument(
-        "--categorical", action="store_true", help="exactly one part per cell instead of each part by itself"
-    )
-    group.add_argument(
-        "--hard", action="store_true", help="sample occurrence as 0 or 1, with the relaxed sample's gradient"
-    )
-    group.add_argument(
-        "--independent", action="store_true", help="decode every part by itself and add up; --ngf a multiple of N"
-    )
-    return group
+def whole(low, high=None):
+    """An argparse type: a whole number from `low` to `high` (no upper bound if None)."""
+    return _number(int, low, high)
 
 
-def add_speed_options(group):
-    """The options --precision and --compile."""
-    group.add_argument(
-        "--precision", default="auto", choices=runtime.PRECISIONS,
-        help="bf16 trains about twice as fast: convolutions in bfloat16, weights, sampling, loss and tests in float32; "
-        "auto takes it where the machine has it in hardware, fp32 elsewhere (default: %(default)s)",
-    )
-    group.add_argument(
-        "--compile", action="store_true",
-        help="let torch.compile make kernels for this machine first, half a minute or more; compare with "
-        "utils/benchmark.py --compile whether it pays",
-    )
+def real(low, high=None):
+    """An argparse type: a finite number from `low` to `high`."""
+    return _number(float, low, high)
 
 
-def add_save_minutes(group):
-    """The option --save-minutes."""
-    group.add_argument(
-        "--save-minutes", type=above(0), default=15.0, metavar="X",
-        help="save also when this long has passed since the last time, for long epochs (default: %(default)s)",
-    )
+def above(low, high=None):
+    """An argparse type: a finite number greater than `low`, at most `high`."""
+    return _number(float, low, high, strictly=True)
 
 
-def complete(args, given):
-    """Fill in the defaults that depend on other options, and refuse what cannot work together. Changes `args`."""
-    if args.size is None:
-        args.size = DATA_SETS[args.dataset].size
-    if args.scale is None:
-        args.scale = FIXED_STRIDE.get(args.encoder_arch, 8)
-    scales = SCALES.get(args.encoder_arch, (FIXED_STRIDE.get(args.encoder_arch),))
-    if args.scale not in scales:
-        raise UsageError(f"--scale {args.scale} with --encoder-arch {args.encoder_arch}: use {_either(scales)}")
-    if args.size % args.scale and args.arch in ARCHS:  # whole networks average whatever map they get
-        near = max(args.scale, round(args.size / args.scale) * args.scale)
-        raise UsageError(f"--size {args.size} is not a multiple of --scale {args.scale}; use --size {near}")
-    if args.size < (least := LEAST.get(args.encoder_arch, 1)):
-        raise UsageError(f"--size {args.size} leaves {args.encoder_arch} nothing to pool; use --size {least} or more")
-    if args.arch == "vae":
-        wrong = [name for name in PARTS_ONLY if name in given]
-        if wrong:
-            raise UsageError(f"--{wrong[0]} belongs to parts, which --arch vae has not; drop it or use --arch patchy")
-    if args.independent and args.ngf % args.num_parts:
-        fit = math.ceil(args.ngf / args.num_parts) * args.num_parts
-        raise UsageError(f"--independent needs --ngf to be a multiple of --num-parts {args.num_parts}; use --ngf {fit}")
+def _number(kind, low, high, strictly=False):
+    wanted = ("a whole number " if kind is int else "a number ") + (f"above {low}" if strictly else f"of {low} or more")
+    wanted += "" if high is None else f", at most {high}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        fits = math.isfinite(value) and (value > low if strictly else value >= low) and (high is None or value <= high)
+        if not fits:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}")
+        return value
+
+    return parse
 
 
-def _either(choices):
-    *first, last = (str(choice) for choice in choices)
-    return f"{', '.join(first)} or {last}" if first else last
+seed = whole(0, 2**32 - 1)  # as large as scikit-learn takes them
 
 
-def open_batches(args, sources, device):
-    """Batches for each of the image sources, as the data options say: a list."""
-    row = DATA_SETS[args.dataset]
-    if min(map(len, sources)) < ranks.count():
-        raise RunError(f"{ranks.count()} processes share {min(map(len, sources))} images; start fewer")
-    for source in sources:
-        ranks.check_same(len(source), "the number of images")
-    mean, std = normalisation(row.channels, args.inet)
-    folder = args.cache_folder or os.path.join(args.data_folder, batches.CACHE_FOLDER)
-    mode = batches.choose_cache(args.cache, sources, args.size, device, folder)
-    common = (args.size, mean, std, device, args.workers, row.flip, mode, folder, args.skip_broken)
-    return [batches.Batches(source, *common) for source in sources]
+def path(text):
+    """An argparse type: the path of a file or folder; ~ is the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a path, or leave it out")
+    return os.path.expanduser(text)
 
 
-def count_images(opened):
-    """How many images the Batches `opened` have, of training and of test or of test alone, in words."""
-    parts = ("training", "test")[-len(opened) :]
-    return " and ".join(f"{len(batches):,} {part}" for batches, part in zip(opened, parts)) + " images"
+def model_file(text):
+    """An argparse type: the path of a model.pt, or of the folder that holds it."""
+    found = path(text)
+    return os.path.join(found, "model.pt") if os.path.isdir(found) else found
 
 
-def describe_model(args):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser for typed options: its errors are UsageErrors, it takes no abbreviations.
+
+    `option` and `switch` add to the section begun last. The defaults lie in `defaults`, a dict, so that what was typed
+    stays apart from them.
+    """
+
+    def __init__(self, **options):
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
+            **options,
+        )
+        self.defaults, self.current = {}, self
+
+    def section(self, title):
+        self.current = self.add_argument_group(title)
+
+    def option(self, flags, kind, default, metavar, words, **more):
+        """An option with a value: its flags, a type or a tuple of choices, and a help text."""
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        words += "" if default is None else f" (default: {default})"
+        how |= {"metavar": metavar} if metavar else {}
+        action = self.current.add_argument(*flags.split(), help=words, default=argparse.SUPPRESS, **how, **more)
+        self.defaults[action.dest] = default
+
+    def switch(self, flags, words, **more):
+        """An option without a value, off by default."""
+        action = self.current.add_argument(
+            *flags.split(), help=words, default=argparse.SUPPRESS, action="store_true", **more
+        )
+        self.defaults.setdefault(action.dest, False)
+
+    def typed(self, argv=None):
+        """What `argv` itself says: a dict. Raises UsageError."""
+        return vars(self.parse_args(argv))
+
+    def settings(self, argv=None):
+        """The Settings of a tool that knows nothing but its command line."""
+        return Settings(**{**self.defaults, **self.typed(argv)})
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[1], known, 1, 0.5) if unknown else []
+        raise UsageError(f"{message} ({f'did you mean {near[0]}? ' if near else ''}see --help)")
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+class Settings(SimpleNamespace):
+    """The options of a script as attributes; they stay as they are, and changed() gives others."""
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"settings are not changed ({name}); use changed()")
+
+    def changed(self, **values):
+        return Settings(**{**vars(self), **values})
+
+
+def merge(defaults, saved, typed, fixed=(), source="the run"):
+    """Defaults, under what a file or run has `saved`, under what was `typed`: a dict.
+
+    What is typed may differ from what is saved, but for the names `fixed`: raises UsageError with all differences. The
+    command that once made the run says nothing else when it is typed again.
+    """
+    earlier = {**saved, **saved.get("typed", {})}
+    wrong = [name for name in fixed if name in typed and typed[name] not in (saved.get(name), earlier.get(name))]
+    if wrong:
+        words = ", ".join(f"--{name.replace('_', '-')} {typed[name]} (there: {saved.get(name)})" for name in wrong)
+        raise UsageError(f"the options contradict {source}: {words}; drop them")
+    kept = {name: value for name, value in typed.items() if not (name in fixed and name in saved)}
+    return {**defaults, **saved, **kept, "typed": typed}
+
+
+def follow_run(defaults, saved, typed, free):
+    """The options of the run that goes on, `saved`; those in `free` and of this command may be typed anew: a dict."""
+    own = {name: defaults[name] for name in OF_COMMAND if name in defaults}
+    fixed = [name for name in defaults if name not in (*free, *OF_COMMAND)]
+    return {**merge(defaults, {**saved, **own}, typed, fixed), "typed": saved["typed"]}
+
+
+def complete(values, typed):
+    """The options `values`, a dict, with the defaults that depend on others. Raises UsageError for what cannot be."""
+    values = dict(values)
+    values["size"] = values["size"] or DATA_SETS[values["dataset"]].size
+    values["scale"] = values["scale"] or FIXED_STRIDE.get(values["encoder_arch"], 8)
+    size, scale, encoder = values["size"], values["scale"], values["encoder_arch"]
+    scales = SCALES.get(encoder, (FIXED_STRIDE.get(encoder),))
+    if scale not in scales:
+        *first, last = map(str, scales)
+        use = f"{', '.join(first)} or {last}" if first else last
+        raise UsageError(f"--scale {scale} with --encoder-arch {encoder}: use {use}")
+    if size % scale and values["arch"] in ARCHS:  # whole networks average whatever map they get
+        raise UsageError(f"--size {size} is not a multiple of --scale {scale}; use --size {_nearest(size, scale)}")
+    if size < (least := LEAST.get(encoder, 1)):
+        raise UsageError(f"--size {size} leaves {encoder} nothing to pool; use --size {least} or more")
+    wrong = [name for name in PARTS_ONLY if name in typed and values["arch"] == "vae"]
+    if wrong:
+        raise UsageError(f"--{wrong[0]} belongs to parts, which --arch vae has not; drop it or use --arch patchy")
+    if values["independent"] and values["ngf"] % values["num_parts"]:
+        fit = math.ceil(values["ngf"] / values["num_parts"]) * values["num_parts"]
+        raise UsageError(f"--independent needs --ngf to be a multiple of --num-parts {values['num_parts']}; use {fit}")
+    return values
+
+
+def _nearest(size, scale):
+    return max(scale, round(size / scale) * scale)
+
+
+def describe_model(settings):
     """What rebuilds the model: the dict of plain values that modules.build_model takes and a model file carries."""
-    channels = DATA_SETS[args.dataset].channels
-    mean, std = normalisation(channels, args.inet)
-    return {**{name: getattr(args, name) for name in DESCRIBED}, "channels": channels, "mean": mean, "std": std}
+    channels = DATA_SETS[settings.dataset].channels
+    mean, std = normalisation(channels, settings.inet)
+    return {**{name: getattr(settings, name) for name in DESCRIBED}, "channels": channels, "mean": mean, "std": std}
 
 
-def follow_data(args, given, saved):
-    """Let `args` take over the data set and its folder from the options `saved` of a model, where they are not given.
-
-    Where the model's folder has another data set's images, the folder is that of every first run.
-    """
-    if "dataset" not in given:
-        args.dataset = saved["dataset"]
-    if "data_folder" not in given:
-        args.data_folder = saved["data_folder"] if args.dataset == saved["dataset"] else DATA_FOLDER
+def data_of(file, typed, names):
+    """What the model `file` says of its data, and its options `names`: a dict. Another data set has its own folder."""
+    saved = file["args"]
+    is_same = typed.get("dataset", saved["dataset"]) == saved["dataset"]
+    return {name: saved[name] for name in (*names, "dataset", *["data_folder"] * is_same)}
 
 
-def follow_file(args, given, described, path, free=()):
-    """Let `args` take over what the model file at `path` says of itself, but for the options `free`, where given.
-
-    Raises UsageError with all differences where an option on the command line says otherwise, and RunError where
-    the data set's images have another number of channels.
-    """
-    fixed = [name for name in DESCRIBED if name not in free]
-    names = [name for name in fixed if name in given and getattr(args, name) != described[name]]
-    if names:
-        raise UsageError(f"the options contradict {path}: {_differences(args, names, described)}; drop them")
-    channels = DATA_SETS[args.dataset].channels
+def check_channels(dataset, described, path):
+    """Raises RunError where the images of `dataset` have other channels than those the model at `path` was made for."""
+    channels = DATA_SETS[dataset].channels
     if channels != described["channels"]:
         raise RunError(
-            f"{path} was trained on images of {described['channels']} channels, those of --dataset {args.dataset} have "
+            f"{path} was trained on images of {described['channels']} channels, those of --dataset {dataset} have "
             f"{channels}; choose another data set or model"
         )
-    for name in DESCRIBED:
-        if not (name in free and name in given):
-            setattr(args, name, described[name])
-
-
-def settle_resume(args, folder_name):
-    """Where torchrun starts a failed job again (--max-restarts), let `args` go on, or begin anew if nothing is saved.
-
-    `folder_name`: of the checkpoints in the output folder. Raises UsageError where options exclude each other.
-    """
-    if args.overwrite and args.resume is not None:
-        raise UsageError("--overwrite and --resume exclude each other: replace the run or go on with it")
-    if not ranks.restarted() or args.evaluate:
-        return
-    if args.resume is not None:
-        named = Path(args.resume)
-        args.resume = str(named.parent.parent) if named.parent.name == folder_name else args.resume
-    elif ranks.largest(torch.tensor(int(tracking.held_before(args.output_folder)))):
-        is_saved = checkpoints.numbered(os.path.join(args.output_folder, folder_name))
-        args.resume, args.overwrite = ("", False) if is_saved else (None, True)
 
 
 def check_batch(images, cells):
     """Refuse steps of `images` images, on maps of `cells` cells, that BatchNorm or a process of several cannot use."""
-    if images < ranks.count():
-        raise UsageError(f"--batch-size {images} leaves some of {ranks.count()} processes without an image; use more")
-    if images // ranks.count() * cells == 1:
+    if images < runtime.count():
+        raise UsageError(f"--batch-size {images} leaves some of {runtime.count()} processes without an image; use more")
+    if images // runtime.count() * cells == 1:
         raise UsageError(f"--batch-size {images} leaves one value of a channel, which cannot be normalised; use more")
 
 
-def follow_run(args, given, saved, free):
-    """Let `args` follow the options `saved` of the run that goes on; those in `free` may be given anew.
-
-    Raises UsageError with all differences where another option on the command line says otherwise.
-    """
-    newer = [name for name in given if name not in (*saved, *free, *NEVER_SAVED)]
-    if newer:
-        raise UsageError(f"the run is of an older version, which had no --{newer[0].replace('_', '-')}; drop it")
-    saved = {"precision": "fp32", **saved}  # nor that
-    known = {**saved, **saved["typed"]}  # the same command as before, with --resume, contradicts nothing
-    fixed = [name for name in known if name in given and name not in (*free, *NEVER_SAVED)]
-    names = [name for name in fixed if getattr(args, name) != known[name]]
-    if names:
-        raise UsageError(f"the options contradict the run: {_differences(args, names, known)}; drop them")
-    for name, value in saved.items():
-        if name not in NEVER_SAVED and not (name in free and name in given):
-            setattr(args, name, value)
+def typed_again(values, names):
+    """The options `names` of the dict `values` as they are typed: a list of str; None and False are left out."""
+    typed = []
+    for name in names:
+        value, flag = values[name], f"--{name.replace('_', '-')}"
+        typed += [] if value is None or value is False else [flag] if value is True else [flag, str(value)]
+    return typed
 
 
-def own_folder(args, given, folder, marker):
-    """Make `folder`, where the run that goes on lies, the output folder. Raises UsageError if another one was given.
-
-    `marker`: the file that every run's folder holds.
-    """
-    if "output_folder" in given and os.path.realpath(args.output_folder) != os.path.realpath(folder):
-        raise UsageError(f"--resume goes on in the run's own folder, {folder}; leave out --output-folder")
-    if not os.path.exists(os.path.join(folder, marker)):
-        raise UsageError(f"--resume: {folder} is not the folder of a run (no {marker}); give the run's folder")
-    args.output_folder = folder
+# ---------------------------------------------------------------------------------------------------- shared options
 
 
-def _differences(args, names, file):
-    return ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)} (file: {file[name]})" for name in names)
+def add_data_options(parser, of_model=False):
+    """The section `data`; `of_model`: what the model at hand was trained on is the default, None here."""
+    default, native = (None, "the model's own") if of_model else ("cifar100", "default: 32, of folders of images 64")
+    parser.section("data")
+    parser.option("--dataset", tuple(DATA_SETS), default, "NAME", f"one of {', '.join(DATA_SETS)}. shapes, binshapes, "
+                  "bincircles and digits need no files; folder takes your own images")
+    parser.option("--data-folder", path, None if of_model else "./data", "DIR",
+                  "where its files lie or are downloaded to; README lists the layouts")
+    parser.option("--size", whole(2), None, "PIXELS", f"side of the square images; a multiple of --scale ({native})")
+    parser.switch("--inet", "normalise with ImageNet's mean and deviation instead of 0.5 and 0.5; the reconstruction "
+                  "then weighs about five times as much against the KL terms")
+    parser.option("-j --workers", whole(0), 4, "K", "processes that decode images, at most one per core; 0 decodes in "
+                  "the main process")
+    parser.option("--cache", batches.CACHES, "auto", None, "where decoded images stay: device (on the GPU), ram, disk "
+                  "(a file that later runs use too) or none; auto takes the first with room")
+    parser.option("--cache-folder", path, None, "DIR", "where --cache disk keeps its files; best on a local SSD "
+                  "(default: .cache in the data folder)")
+    parser.switch("--skip-broken", "decode all images at the start and leave out the broken, at most one in a hundred, "
+                  "listed in the cache folder; without it the first broken one stops the run")
+
+
+def add_model_options(parser):
+    """The section `model`, without --arch, whose choices differ between the scripts."""
+    parser.section("model")
+    parser.option("--encoder-arch", ENCODERS, "resnet", None, "resnet: ResNet-18 cut at --scale; resnet18, resnet50, "
+                  "alexnet: whole, scale 32; pyramid: plain stride-2 convolutions; patches: the same, but a cell sees "
+                  "only its own pixels")
+    parser.option("--decoder-arch", DECODERS, "pyramid", None, "patches: a cell draws only its own pixels, so its part "
+                  "has to say what is there; with pyramid neighbours help, which looks smoother")
+    parser.option("--ngf", whole(1), 64, "K", "channels of the decoder's last hidden layer and of pyramid's first")
+    parser.option("--scale", whole(2), None, "K", "pixels per cell of the part grid: smaller finds smaller parts "
+                  "(default: 8; 32 for the encoders that are whole networks)")
+    parser.option("--num-parts", whole(1), 16, "N", "number of parts")
+    parser.option("--hidden-size", whole(1), 6, "D", "size of a part's appearance; --arch vae has one vector of N x D")
+    parser.switch("--categorical", "exactly one part per cell instead of each part by itself")
+    parser.switch("--hard", "sample occurrence as 0 or 1, with the relaxed sample's gradient")
+    parser.switch("--independent", "decode every part by itself and add up; --ngf a multiple of N")
+
+
+def add_run_options(parser, default_folder="./scratch"):
+    """The section `machine and output` of both scripts."""
+    parser.section("machine and output")
+    parser.option("--precision", runtime.PRECISIONS, "auto", None, "bf16 trains about twice as fast: convolutions in "
+                  "bfloat16, the rest in float32; auto takes it where the hardware has it")
+    parser.switch("--compile", "let torch.compile make kernels for this machine first, half a minute or more; "
+                  "utils/benchmark.py --compile tells whether it pays")
+    parser.switch("--no-cuda", "compute on the CPU even where there is a GPU")
+    parser.option("--output-folder", path, default_folder, "DIR", "where everything goes that the run leaves")
+    parser.option("--resume", path, None, "PATH", "go on with the run of this folder or checkpoint (default: the "
+                  "output folder), with its options; auto: go on if there is one, else begin, as jobs want that are "
+                  "started again", nargs="?", const="")
+    parser.switch("--overwrite", "replace the run that the output folder holds")
+    parser.option("--save-minutes", above(0), 15.0, "X", "save also when this long has passed since the last time")

@@ -1,33 +1,35 @@
-"""A model that run.py trained, opened to be looked at, with the images to look at it on: how every tool begins."""
+"""A model that run.py trained, opened to be looked at: how the tools begin."""
 
 import modules
-from datasets import open_split
-from utils import checkpoints, options, runtime
-from utils.console import RunError
+from utils import options, runtime, training
+from utils.runtime import RunError
+
+OF_TRAINING = ("beta_a", "beta_v", "target", "recon_mask", "hide", "grey")  # options of run.py that tools may need
 
 
 def add_options(parser):
-    """The options --pretrained and --no-cuda, and the group `data`, which the model's own training answers."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--pretrained", required=True, metavar="FILE", help="a model.pt of run.py, such as scratch/model.pt"
-    )
-    group.add_argument("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
+    """The options --pretrained and --no-cuda, and the section `data`, which the model's own training answers."""
+    parser.section("model")
+    parser.option("--pretrained", options.model_file, None, "FILE", "a model.pt of run.py, or the folder of its run",
+                  required=True)
+    parser.switch("--no-cuda", "compute on the CPU even where there is a GPU")
     options.add_data_options(parser, of_model=True)
 
 
-def open_model(args, given):
-    """The trained model, in evaluation mode on its device, and that device. `args` takes over what the file knows.
+def open_model(parser, argv):
+    """The Settings of a tool, the trained model in evaluation mode, and its device.
 
-    `given`: the options that the user typed (console.Parser.given). Raises UsageError where they contradict the file,
-    RunError where it is missing or damaged.
+    The file answers for the model, its data and its loss where nothing is typed. Raises UsageError where what is typed
+    contradicts it, RunError where it is missing or damaged.
     """
-    device = runtime.choose_device(args.no_cuda)
-    model, file = load_model(args.pretrained, device)
-    options.follow_data(args, given, file["args"])
-    args.target = file["args"].get("target", "image")  # older files know of no other
-    options.follow_file(args, given, file["options"], args.pretrained)
-    return model, device
+    typed = parser.typed(argv)
+    device = runtime.choose_device(typed.get("no_cuda", False))
+    model, file = load_model(typed["pretrained"], device)
+    saved = {**file["options"], **options.data_of(file, typed, OF_TRAINING)}
+    defaults = {**parser.defaults, "data_folder": "./data"}
+    values = options.merge(defaults, saved, typed, options.DESCRIBED, typed["pretrained"])
+    options.check_channels(values["dataset"], file["options"], typed["pretrained"])
+    return options.Settings(**values), model, device
 
 
 def load_model(path, device="cpu"):
@@ -35,7 +37,7 @@ def load_model(path, device="cpu"):
 
     Raises RunError where the file is missing or damaged.
     """
-    file = checkpoints.load(path, checkpoints.MODEL)
+    file = training.load(path, training.MODEL)
     try:
         model = modules.build_model(file["options"])
         model.load_state_dict(file["model"])
@@ -43,9 +45,3 @@ def load_model(path, device="cpu"):
         reason = str(error).splitlines()[0]
         raise RunError(f"{path}: its weights and its options do not fit ({reason}); train the model again") from None
     return model.to(device).eval(), file
-
-
-def open_images(args, splits, device):
-    """Batches for each of the `splits` of the data set ("unlabelled", "train", "test"), as the data options say."""
-    sources = [open_split(args.dataset, args.data_folder, split, args.size) for split in splits]
-    return options.open_batches(args, sources, device)
