@@ -50,7 +50,7 @@ FACTORS = {  # of --ablations: their values take turns, all else stays as in the
     "beta_v": (0.01, 0.1, 1, 10), "hide": (0, 0.25, 0.5, 0.75), "grey": (0, 0.5), "lr": (1e-4, 1e-3),
     "encoder_arch": ("pyramid", "resnet"), "scale": (4, 8),
 }
-ALL = "all"  # the encoder is frozen as a whole; else at one of modules.CUTS
+ALL = "all"  # the encoder is frozen as a whole; else at one of features.CUTS
 JUDGES = {"head": "head", "linear": "linear", "knn": "kNN"}
 FROZEN = [f"{ALL}-{judge}" for judge in JUDGES]  # columns of the table
 COMMON = ("dataset", "data_folder", "size", "inet", "workers", "cache", "cache_folder", "skip_broken", "precision")
@@ -181,7 +181,7 @@ def cuts_of(encoder):
     """Where an encoder can be frozen, a dict cut -> heading: ALL, then those of the paper within it, deep ones first."""
     with torch.device("meta"):  # its structure, no weights
         network, _ = modules.build_encoder(encoder["encoder_arch"], 3, encoder["scale"], encoder.get("ngf", 64))
-    ends = modules.children_until(encoder["encoder_arch"])
+    ends = features.children_until(encoder["encoder_arch"])
     whole = "".join(f" ({name})" for name, end in ends.items() if end == len(network))
     inner = [name for name, end in ends.items() if end < len(network)]
     return {ALL: f"all frozen{whole}", **{name: f"frozen: {name}" for name in reversed(inner)}}
@@ -244,16 +244,23 @@ def all_cells(settings, rows):
 # ---------------------------------------------------------------------------------------------------- records
 
 
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        raise RunError(f"{path}: this is not JSON; give the file that was written, or delete it") from None
+
+
 def record_of(cell):
     """What is known of a cell: the command, seconds and origin, and figures once it has finished; {} before it begins.
 
     In a folder of an older version, whose made.json has no command, the files of the script tell.
     """
     made, begins = cell.folder / "made.json", cell.folder / cell.script.CONTENTS[0]
-    record = runtime.read_json(made) if made.exists() else {}
+    record = read_json(made) if made.exists() else {}
     if "command" in record or not begins.exists():
         return record
-    typed = runtime.read_json(begins)["typed"]
+    typed = read_json(begins)["typed"]
     return {"command": cell._replace(options=typed).command, **record, **figures_of(cell)}
 
 
@@ -263,7 +270,7 @@ def figures_of(cell):
     if not path.exists():
         return {}
     if cell.script is classifier:
-        found = runtime.read_json(path)
+        found = read_json(path)
         return {name: found[name] for name in ("last", "best", "linear", "knn") if name in found}
     lines = path.read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may leave half of one
@@ -293,7 +300,7 @@ def differences(cell, command, place=os.path.realpath):
 
 def take_over(path, cells):
     """Count as finished what the report at `path` has of those cells that have not begun here, and say so."""
-    calls, taken, others = runtime.read_json(path).get("calls", {}), 0, []
+    calls, taken, others = read_json(path).get("calls", {}), 0, []
     for cell in [cell for cell in cells if not record_of(cell)]:
         known = calls.get(cell.row, {}).get(cell.part)
         other = differences(cell, known["command"], place=os.path.basename) if known else ""
@@ -337,7 +344,7 @@ def make(cell, device, goes_on):
     moved = {"pretrained": None} if goes_on else {}  # the checkpoint has its weights, wherever the folder is now
     try:
         argv = cell._replace(options={**cell.options, **moved}).argv
-        cell.script.main([*argv, "--resume" if goes_on else "--overwrite"])
+        cell.script.main([*argv, *(["--resume", "auto"] if goes_on else ["--overwrite"])])
         found = figures_of(cell)
     finally:
         if not isinstance(sys.exception(), RunError):
@@ -431,7 +438,7 @@ def gather(settings, rows, records):
                     column = f"{part.rpartition('-')[0]}-{judge}"
                     top1.setdefault((name, column), {})[seed] = record[test]["top1"]
     cuts = {cut: words for row in rows if row.encoder for cut, words in cuts_of(row.encoder).items()}
-    words = {f"{cut}-{judge}": f"{cuts.get(cut)}, {JUDGES[judge]}" for cut in (*modules.CUTS, ALL) for judge in JUDGES}
+    words = {f"{cut}-{judge}": f"{cuts.get(cut)}, {JUDGES[judge]}" for cut in (*features.CUTS, ALL) for judge in JUDGES}
     words["none-head"] = "nothing frozen"
     images = settings.dataset if settings.dataset != "folder" else Path(settings.data_folder).name
     return {
