@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +24,18 @@ TINY += ["--num-parts", "4", "--workers", "0", "--num-epochs", "2", "--img-per-e
 TINY += ["--head-epochs", "2", "--tune-epochs", "2", "--supervised-epochs", "1", "--head-batch-size", "64"]
 TINY += ["--label-fraction", "0.1", "--head-label-fraction", "0.2", "--precision", "fp32"]
 TRAINED, RANDOM = "paper-patchy-seed3", "random-pyramid-8-8-seed3"
+CUTS = {"4": ["conv1"], "8": ["conv1"], "16": ["conv1", "conv1-3"], "32": ["conv1", "conv1-3"]}  # and all, by scale
 
 
 def command(folder, *more):
     rows = ["--rows", "paper-patchy", "random-pyramid-8-8", "--seeds", "3"]
     return [*TINY, *rows, *map(str, more), "--output-folder", str(folder)]
+
+
+def rows_and_cells(*argv, seed=3):
+    """All rows by name, and their cells in lists by name."""
+    settings, rows = reproduce.parse(list(map(str, argv)))
+    return {row.name: row for row in rows}, {row.name: reproduce.cells_of(settings, row, seed) for row in rows}
 
 
 def figures(content):
@@ -47,13 +53,17 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def copied(made, tmp_path):
-    return shutil.copytree(made[0], tmp_path / "copy", symlinks=True)
+    return shutil.copytree(made[0], tmp_path / "copy")
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls of run.main and classifier.main from now on: a list of e.g. "paper-vae-seed1/all-head --resume"."""
+    """The calls of run.main and classifier.main, e.g. "paper-vae-seed1/all-head --resume", from now on: a list.
+
+    Pictures are not drawn from now on.
+    """
     made = []
+    monkeypatch.setattr(reproduce, "pictures", lambda *content: {})
     for script in (run, classifier):
         def main(argv, original=script.main):
             folder = argv[argv.index("--output-folder") + 1].split("/runs/")[1]
@@ -64,36 +74,29 @@ def calls(monkeypatch):
     return made
 
 
-# ---------------------------------------------------------------------------------------------------- doing it once
-
-
-def test_everything_is_judged_and_stands_in_the_files(made):
+def test_everything_is_judged_and_stands_in_the_files(made, tmp_path):
     folder, content = made
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(content))
     assert list(content["columns"]) == [f"{cut}-{judge}" for cut in ("conv1", "all") for judge in reproduce.JUDGES]
-    assert "(conv1-3)" in content["columns"]["all-head"]
     for row in content["rows"]:
-        assert set(row["scores"]) == set(content["columns"])
-        for cut in ("conv1", "all"):  # what the scripts themselves have written
-            home = folder / "runs" / f"{row['name']}-seed3"
-            last = json.loads((home / f"{cut}-head" / "results.json").read_text())["last"]
-            assert last["epoch"] == 2 and row["scores"][f"{cut}-head"]["seeds"] == {"3": last["top1"]}
-            probes = json.loads((home / f"{cut}-probes" / "results.json").read_text())
-            for judge in ("linear", "knn"):
-                assert row["scores"][f"{cut}-{judge}"]["mean"] == probes[judge]["top1"]
-    training = content["calls"][TRAINED]["training"]
-    tests = [json.loads(line) for line in (folder / "runs" / TRAINED / "metrics.jsonl").read_text().splitlines()]
-    assert training["curve"] == [event["total"] for event in tests if event["event"] == "test"]
-    assert len(training["curve"]) == 2 and training["seconds"] > 0
-    assert training["command"].startswith("python run.py --dataset digits")
+        for column in content["columns"]:  # what the scripts themselves have written
+            cut, judge = column.split("-")
+            place = folder / "runs" / f"{row['name']}-seed3" / f"{cut}-{'head' if judge == 'head' else 'probes'}"
+            found = json.loads((place / "results.json").read_text())["last" if judge == "head" else judge]
+            assert found.get("epoch", 2) == 2 and row["scores"][column]["seeds"] == {"3": found["top1"]}
+    training, events = content["calls"][TRAINED]["training"], (folder / "runs" / TRAINED / "metrics.jsonl").read_text()
+    losses = [event["total"] for event in map(json.loads, events.splitlines()) if event["event"] == "test"]
+    assert training["curve"] == losses and len(losses) == 2 and training["seconds"] > 0
     table = (folder / "table.md").read_text()
-    assert "| authors' setting | PatchVAE |" in table and "±0" not in table and "± 0.00" not in table
-
-
-def test_the_commands_in_the_records_make_the_same_figures(made, tmp_path):
-    call = made[1]["calls"][RANDOM]["all-head"]
-    _, script, *typed = shlex.split(call["command"])
-    assert script == "classifier.py" and classifier.main([*typed, "--output-folder", str(tmp_path)])["last"] == call["last"]
+    assert "| authors' setting | PatchVAE |" in table and "frozen (conv1-3)" in table and "±0" not in table + "± 0.00"
+    assert all((folder / f"{name}.png").exists() for name in ("plot", "curves", "samples"))
+    for call in (call for parts in content["calls"].values() for call in parts.values()):
+        assert call["command"].split("/runs/")[0].split(" --arch ")[0] in table  # up to the model
+    assert "For instance (training, authors' setting): `python run.py --dataset digits" in table
+    assert not any(words in table for words in ("try of the command", "training, our recipe", "resnet18"))
+    call = content["calls"][RANDOM]["all-head"]
+    argv = [*shlex.split(call["command"])[2:], "--output-folder", str(tmp_path)]
+    assert classifier.main(argv)["last"] == call["last"]  # the commands make the same figures
 
 
 def test_nothing_finished_is_repeated_and_frozen_only_does_and_forgets_nothing(made, copied, calls):
@@ -111,18 +114,13 @@ def test_a_lost_model_is_trained_again_only_if_it_is_needed(made, copied, calls,
     reproduce.main(command(copied))
     assert calls == []
     shutil.rmtree(copied / "runs" / TRAINED / "all-head")
-    again = reproduce.main(command(copied))
-    assert calls == [TRAINED, f"{TRAINED}/all-head"] and figures(again) == figures(made[1])
+    assert figures(reproduce.main(command(copied))) == figures(made[1]) and calls == [TRAINED, f"{TRAINED}/all-head"]
     assert f"{TRAINED}: the training is known, but its model.pt is not here" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_a_report_has_all_that_the_folder_has(made, tmp_path, calls, monkeypatch, when):
-    """Also what other commands have made, or other processes make."""
-    def copy(settings=None):
-        shutil.copytree(made[0], tmp_path, dirs_exist_ok=True, symlinks=True)
-
-    copy() if when == "before" else monkeypatch.setattr(reproduce, "check_labels", copy)
+def test_a_report_has_all_that_the_folder_has(made, tmp_path, calls, monkeypatch):
+    """Also what other processes make meanwhile."""
+    monkeypatch.setattr(reproduce, "check_labels", lambda _: shutil.copytree(made[0], tmp_path, dirs_exist_ok=True))
     content = reproduce.main(command(tmp_path, "--rows", "random-pyramid-8-8", "--seeds", "4"))
     assert {call.split("/")[0] for call in calls} == {"random-pyramid-8-8-seed4"}
     scores = {row["name"]: row["scores"]["conv1-knn"]["seeds"] for row in content["rows"]}
@@ -130,34 +128,25 @@ def test_a_report_has_all_that_the_folder_has(made, tmp_path, calls, monkeypatch
     assert "(n = 1)" in (tmp_path / "table.md").read_text()
 
 
-def test_the_protocol_is_what_was_called(made):
-    notes = "\n".join(made[1]["notes"])
-    for call in (call for found in made[1]["calls"].values() for call in found.values()):
-        assert call["command"].split("/runs/")[0].split(" --arch ")[0] in notes  # up to the model
-    assert "For instance (training, authors' setting): `python run.py" in notes and "try of the command" not in notes
-    assert "resnet18" not in notes and "training, our recipe" not in notes
-
-
 def test_seconds_and_origins_add_up_and_what_is_refused_is_not_noted(tmp_path, monkeypatch):
     def refuse():
         raise runtime.RunError("the folder is in use")
 
-    cell = reproduce.Cell("x-seed1", "all-head", classifier, {"output_folder": tmp_path})
+    cell = reproduce.Cell("x-seed1", "all-head", classifier, tmp_path, [])
     for commit, work in (("a", lambda: None), ("b", lambda: signal.raise_signal(signal.SIGINT)), ("c", refuse)):
-        monkeypatch.setattr(reproduce, "commit", lambda commit=commit: commit)
         monkeypatch.setattr(classifier, "main", lambda argv, work=work: time.sleep(0.11) or work())
         before = reproduce.record_of(cell).get("seconds", 0)
         with contextlib.suppress(KeyboardInterrupt, runtime.RunError):
-            reproduce.make(cell, torch.device("cpu"), goes_on=False)
+            reproduce.make(cell, {"commit": commit, "device": "a CPU"}, goes_on=False)
         assert (reproduce.record_of(cell)["seconds"] >= before + 0.1) == (commit != "c")
-    assert reproduce.record_of(cell)["commit"] == ["a", "b"] and len(reproduce.record_of(cell)["device"]) == 1
+    assert reproduce.record_of(cell)["commit"] == ["a", "b"] and reproduce.record_of(cell)["device"] == ["a CPU"]
 
 
 def test_random_weights_are_those_that_training_starts_from(made):
     """The floor is paired with the trained row: the same seed draws the same encoder."""
-    settings, rows = reproduce.parse(command(made[0]))
-    first = {row.name: reproduce.cells_of(settings, row, 3)[0] for row in rows}
-    training, head = (cell.script.parse(cell.argv)[0] for cell in (first["paper-patchy"], first["random-pyramid-8-8"]))
+    cells = rows_and_cells(*command(made[0]))[1]
+    training = run.parse(cells["paper-patchy"][0].argv)[0]
+    head = classifier.parse(cells["random-pyramid-8-8"][0].argv)[0]
     torch.manual_seed(training.seed)
     trained = modules.build_model(options.describe_model(training)).encoder.state_dict()
     torch.manual_seed(head.seed)
@@ -165,41 +154,30 @@ def test_random_weights_are_those_that_training_starts_from(made):
     assert trained.keys() == floor.keys() and all(torch.equal(trained[name], floor[name]) for name in trained)
 
 
-def test_interrupted_twice_and_continued_is_as_uninterrupted(made, tmp_path, monkeypatch, calls, capsys):
+def test_interrupted_thrice_and_continued_is_as_uninterrupted(made, tmp_path, monkeypatch, calls, capsys):
     monkeypatch.setattr(sys, "argv", ["reproduce.py"])
-    for script, last in ((run, 6), (classifier, 8)):  # SIGTERM in the second epoch of both
-        steps = iter(range(1, 100))
+    features = classifier.features  # SIGTERM in the second epoch of both, and in a probe, which saves nothing
+    for module, name, last in ((run, "train_step", 6), (classifier, "train_step", 8), (features, "linear_probe", 1)):
+        steps, original = iter(range(1, 100)), getattr(module, name)
         with monkeypatch.context() as patch:
-            def train_step(*values, original=script.train_step, steps=steps, last=last):
+            def stopped(*values, original=original, steps=steps, last=last):
                 if next(steps) == last:
                     signal.raise_signal(signal.SIGTERM)
                 return original(*values)
 
-            patch.setattr(script, "train_step", train_step)
+            patch.setattr(module, name, stopped)
             with pytest.raises(SystemExit) as left:
                 runtime.start(lambda: reproduce.main(command(tmp_path)))
         line = capsys.readouterr().err
         assert left.value.code == 143 and line == "reproduce.py: stopped; the same command goes on from here\n"
-    content = reproduce.main(command(tmp_path))
-    assert calls[:4] == [TRAINED, f"{TRAINED} --resume", f"{TRAINED}/all-head", f"{TRAINED}/all-head --resume"]
-    assert len(calls) == len(set(calls)) == 4 + 7
-    assert figures(content) == figures(made[1])
-
-
-def test_what_had_saved_nothing_starts_again(made, tmp_path, monkeypatch, calls):
-    only = ["--rows", "random-pyramid-8-8", "--frozen-only"]
-    with monkeypatch.context() as patch:
-        patch.setattr(classifier.features, "linear_probe", lambda *arguments: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
-            reproduce.main(command(tmp_path, *only))
     assert not (tmp_path / "results.json").exists()
-    content = reproduce.main(command(tmp_path, *only))
-    assert calls == [f"{RANDOM}/{part}" for part in ("all-head", "all-probes", "all-probes")]
-    assert content["rows"][0]["scores"]["all-knn"] == made[1]["rows"][1]["scores"]["all-knn"]
+    assert figures(reproduce.main(command(tmp_path))) == figures(made[1])
+    parts = ["", " --resume", "/all-head", "/all-head --resume", "/all-probes", "/all-probes"]
+    assert calls[:6] == [TRAINED + part for part in parts] and len(calls) == len(set(calls)) + 1 == 6 + 6
 
 
 def test_a_folder_of_an_older_version_counts(made, copied, calls):
-    """Whose made.json has seconds alone; a training that was killed in between goes on or starts again."""
+    """Whose made.json has seconds alone; a training that was killed there is not taken for a finished one."""
     for path in copied.glob("runs/**/made.json"):
         path.write_text(json.dumps({name: json.loads(path.read_text())[name] for name in ("seconds", "commit")}))
     again = reproduce.main(command(copied))
@@ -211,76 +189,58 @@ def test_a_folder_of_an_older_version_counts(made, copied, calls):
     assert calls == [TRAINED]
 
 
-# ---------------------------------------------------------------------------------------------------- what is known
-
-
 def test_what_earlier_reports_know_is_taken_over(made, tmp_path, calls, capsys):
     report = made[0] / "results.json"
-    content = reproduce.main(command(tmp_path, "--known", report, "--cache", "none", "--seeds", "3", "--no-cuda"))
+    content = reproduce.main(command(tmp_path / "a", "--known", report, "--cache", "none", "--no-cuda"))
     assert calls == [] and figures(content) == figures(made[1])
     assert f"{report}: 9 calls are taken over, 0 have other options" in capsys.readouterr().out
-    assert reproduce.main(command(tmp_path))["calls"] == content["calls"]  # from now on without it
-
-
-def test_what_was_made_otherwise_is_not_taken_over(made, tmp_path, calls, capsys):
-    report = made[0] / "results.json"
-    reproduce.main(command(tmp_path, "--known", report, "--head-epochs", "3", "--frozen-only"))
-    assert calls == [TRAINED, f"{TRAINED}/all-head", f"{RANDOM}/all-head"]  # its model is not there
+    assert reproduce.main(command(tmp_path / "a"))["calls"] == content["calls"]  # from now on without it
+    reproduce.main(command(tmp_path / "b", "--known", report, "--head-epochs", "3", "--frozen-only"))
+    assert calls == [TRAINED, f"{TRAINED}/all-head", f"{RANDOM}/all-head"]  # the model to be judged is not there
     out = capsys.readouterr().out
     assert "3 calls are taken over, 2 have other options" in out and f"{TRAINED}, all-head: --epochs 2, not 3" in out
 
 
-@pytest.mark.parametrize("known, folder, same", [
-    ("data/cifar10", "/elsewhere/cifar10", True), ("data/cifar10", "/elsewhere/photographs", False),
+@pytest.mark.parametrize("place, counts, is_refused", [
+    ("one/images", True, False), ("other/images", True, True), ("one/photographs", False, True),
 ])
-def test_images_are_known_by_their_folders_name(tmp_path, known, folder, same):
-    cells = []
-    for place in (known, folder):
-        settings, rows = reproduce.parse(["--dataset", "folder", "--data-folder", place, *command(tmp_path)[2:]])
-        cells.append(reproduce.cells_of(settings, rows[0], 3)[0])
-    (tmp_path / "known.json").write_text(json.dumps({"calls": {cells[0].row: {"training": {"command": cells[0].command, "total": 1}}}}))
-    reproduce.take_over(str(tmp_path / "known.json"), cells[1:])
-    assert reproduce.is_finished(cells[1]) == same
+def test_images_are_known_by_their_folder_and_elsewhere_by_its_name(tmp_path, place, counts, is_refused):
+    folders = [["--dataset", "folder", "--data-folder", tmp_path / folder] for folder in ("one/images", place)]
+    one, other = (rows_and_cells(*folder, *command(tmp_path)[2:])[1]["paper-vae"][0] for folder in folders)
+    known = {"calls": {one.row: {"training": {"command": one.command, "total": 1}}}}
+    (tmp_path / "known.json").write_text(json.dumps(known))
+    assert bool(reproduce.differences(other, one.command)) == is_refused
+    reproduce.take_over(str(tmp_path / "known.json"), [other])
+    assert reproduce.is_finished(other) == counts
 
 
-# ---------------------------------------------------------------------------------------------------- refusing
+@pytest.mark.parametrize("more, status, words", [
+    (["--seeds", "4", "3", "--num-epochs", "3"], 2, "--num-epochs 2, not 3"),
+    (["--seeds", "4", "3", "--head-epochs", "3"], 2, "--epochs 2, not 3"),
+    (["--seeds", "4", "3", "--label-fraction", "0.2"], 2, "--label-fraction 0.1, not 0.2"),
+    (["--rows", "patchvae"], 2, "--rows patchvae: there is no such row; choose from paper-vae"),
+    (["--known", ROOT / "README.md"], 2, "--known"), (["--known", "nowhere.json"], 1, "nowhere.json: No such file"),
+])
+def test_what_does_not_fit_is_refused_before_anything_is_done(copied, calls, line_of_error, more, status, words):
+    found, line = line_of_error(reproduce.main, command(copied, *more))
+    assert found == status and words in line and calls == []
 
 
-@pytest.mark.parametrize("option, value", [("--num-epochs", "3"), ("--head-epochs", "3"), ("--label-fraction", "0.2")])
-def test_other_options_are_refused_before_anything_is_done(made, calls, line_of_error, option, value):
-    status, line = line_of_error(reproduce.main, command(made[0], "--seeds", "4", "3", option, value))
-    assert status == 2 and str(made[0] / "runs") in line and "--output-folder" in line and f"not {value}" in line
-    assert calls == []
+def test_another_recipe_is_refused(copied, monkeypatch, line_of_error):
+    monkeypatch.setitem(reproduce.SETTINGS, "paper", ("authors' setting", {"beta_a": 0.5}))
+    status, line = line_of_error(reproduce.main, command(copied))
+    assert status == 2 and "--beta-a 1.0, not 0.5" in line and str(copied / "runs" / TRAINED) in line
 
 
-def test_other_recipes_and_other_images_of_the_same_name_are_refused(copied, tmp_path, monkeypatch, line_of_error):
-    with monkeypatch.context() as patch:
-        patch.setitem(reproduce.SETTINGS, "paper", ("authors' setting", {"beta_a": 0.5}))
-        status, line = line_of_error(reproduce.main, command(copied))
-    assert status == 2 and "--beta-a 1.0, not 0.5" in line
-    for place in ("one/images", "other/images"):
-        options = ["--dataset", "folder", "--data-folder", str(tmp_path / place), *command(tmp_path / "out")[2:]]
-        settings, rows = reproduce.parse(options)
-        cell = reproduce.cells_of(settings, rows[0], 3)[0]
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        if place == "one/images":
-            runtime.write_json(cell.folder / "made.json", {"command": cell.command})
-    status, line = line_of_error(reproduce.main, options)
-    assert status == 2 and "--data-folder" in line
-
-
-def test_images_without_labels_are_refused_before_anything_is_trained(tmp_path, class_folder, calls, line_of_error):
+def test_too_few_labels_are_refused_before_anything_is_trained(tmp_path, class_folder, calls, line_of_error):
+    (tmp_path / "flat").mkdir()
     for image in (path for path in class_folder.rglob("*") if path.is_file()):
-        (tmp_path / "flat").mkdir(exist_ok=True)
         shutil.copy(image, tmp_path / "flat" / f"{image.parent.name}_{image.name}")
+    status, line = line_of_error(reproduce.main, command(tmp_path / "out", "--label-fraction", "0.001"))
+    assert status == 2 and "--label-fraction 0.001 leaves a class without" in line
     more = ["--dataset", "folder", "--data-folder", tmp_path / "flat"]
     status, line = line_of_error(reproduce.main, command(tmp_path / "out", *more))
     assert status == 1 and "without classes" in line and calls == []
-
-
-def test_a_row_that_there_is_not_is_refused(line_of_error):
-    status, line = line_of_error(reproduce.main, ["--rows", "patchvae"])
-    assert status == 2 and "--rows patchvae" in line and "paper-patchy" in line
 
 
 def test_a_row_that_fails_does_not_keep_the_others_from_their_end(tmp_path, monkeypatch, line_of_error):
@@ -294,127 +254,93 @@ def test_a_row_that_fails_does_not_keep_the_others_from_their_end(tmp_path, monk
     assert not row["scores"] and floor["scores"]["all-head"]["n"] == 1
 
 
-# ---------------------------------------------------------------------------------------------------- what is compared
-
-
-@pytest.mark.parametrize("scale, expected", [
-    ("8", {"conv1", "all"}), ("32", {"conv1", "conv1-3", "all"}), ("4", {"conv1", "all"}),
-    ("16", {"conv1", "conv1-3", "all"}),
-])
-def test_the_table_has_every_row_and_every_cut(tmp_path, scale, expected):
-    settings, rows = reproduce.parse(["--output-folder", str(tmp_path), "--scale", scale])
+@pytest.mark.parametrize("scale", CUTS)
+def test_the_table_has_every_row_and_every_cut(scale):
+    rows, cells = rows_and_cells("--scale", scale)
     trained = [f"{setting}-{model}" for setting in ("paper", "recipe") for model in reproduce.MODELS]
     floors = [f"random-resnet-{scale}", f"random-pyramid-{scale}-64"]
-    assert [row.name for row in rows] == [*trained, *floors, "supervised"]
-    assert [row.floor for row in rows] == [floors[0]] * 4 + [floors[1]] * 4 + [None] * 3
-    for row in rows:
-        cells = reproduce.cells_of(settings, row, 1)
-        assert {cell.part.rpartition("-")[0] for cell in cells} - {""} == (expected if row.encoder else {"none"})
-        for cell in cells:
-            if "pretrained" not in cell.options:
-                cell.script.parse(cell.argv)  # the scripts have all these options
+    assert list(rows) == [*trained, *floors, "supervised"]
+    assert [row.floor for row in rows.values()] == [floors[0]] * 4 + [floors[1]] * 4 + [None] * 3
+    for name, row in rows.items():
+        found = {cell.part.rpartition("-")[0] for cell in cells[name]} - {""}
+        assert found == ({*CUTS[scale], "all"} if row.encoder else {"none"})
+        for cell in (cell for cell in cells[name] if "--pretrained" not in cell.argv):
+            cell.script.parse(cell.argv)  # the scripts have all these options
 
 
 def test_the_authors_setting_is_the_defaults_but_for_inet():
-    settings, rows = reproduce.parse(["--dataset", "cifar10"])
-    cell = reproduce.cells_of(settings, next(row for row in rows if row.name == "paper-patchy"), 1)[0]
-    found, defaults = run.build_parser().typed(cell.argv), run.build_parser().defaults
-    differ = {name for name, value in found.items() if value != defaults[name]}
-    assert differ == {"dataset", "inet", "precision", "output_folder"}
+    argv, parser = rows_and_cells()[1]["paper-patchy"][0].argv, run.build_parser()
+    differ = {name for name, value in parser.typed(argv).items() if value != parser.defaults[name]}
+    assert differ == {"dataset", "inet", "precision", "output_folder", "seed"}
 
 
-def test_options_of_the_command_line_are_those_of_all_rows_that_have_them():
-    for more in ([], ["--ablations"]):
-        _, rows = reproduce.parse(["--encoder-arch", "patches", "--scale", "16", "--categorical", "--ngf", "32", *more])
-        for row in (row for row in rows if row.floor and "encoder-arch" not in row.name):
-            assert row.encoder == {"encoder_arch": "patches", "scale": row.options["scale"], "ngf": 32}
-            assert ("categorical" in row.options) == (row.options["arch"] == "patchy")
-    assert reproduce.parse(["--encoder-arch", "pyramid", "--scale", "64", "--size", "128"])[1][0].encoder["scale"] == 64
-
-
-def test_both_tables_call_the_same_encoder_by_the_same_name():
-    tables = [{row.name: row.options for row in reproduce.parse(more)[1]} for more in ([], ["--ablations"])]
-    shared = tables[0].keys() & tables[1].keys()
-    assert shared == {"random-pyramid-8-64", "random-resnet-8"}
-    assert all(tables[0][name] == tables[1][name] for name in shared)
+@pytest.mark.parametrize("more", [[], ["--ablations"]])
+def test_options_of_the_command_line_are_those_of_all_rows_that_have_them(more):
+    rows, _ = rows_and_cells("--encoder-arch", "patches", "--scale", "16", "--categorical", "--ngf", "32", *more)
+    for row in (row for row in rows.values() if row.floor and "encoder-arch" not in row.name):
+        assert row.encoder == {"encoder_arch": "patches", "scale": row.options["scale"], "ngf": 32}
+        assert ("categorical" in row.options) == (row.options["arch"] == "patchy")
+    shared = [rows_and_cells(*which)[0]["random-pyramid-8-64"].options for which in ([], ["--ablations"])]
+    assert shared[0] == shared[1]  # both tables call the same encoder by the same name
 
 
 def test_ablations_change_one_thing_at_a_time_and_leave_out_what_an_option_rules_out():
-    trained = {row.name: row.options for row in reproduce.parse(["--ablations"])[1] if row.floor}
+    trained = {row.name: row.options for row in rows_and_cells("--ablations")[0].values() if row.floor}
     base = {**run.build_parser().defaults, **trained.pop("ablation-base")}
     for name, values in trained.items():
         (changed,) = [key for key, value in values.items() if value != base[key]]
         assert changed in reproduce.FACTORS and changed.replace("_", "-") in name
     assert len(trained) == sum(len(values) - 1 for values in reproduce.FACTORS.values())
-    names = {row.name for row in reproduce.parse(["--ablations", "--scale", "2"])[1]}
+    names = rows_and_cells("--ablations", "--scale", "2")[0].keys()
     assert {"ablation-scale-4", "ablation-scale-8"} < names and "ablation-encoder-arch-resnet" not in names
 
 
-# ---------------------------------------------------------------------------------------------------- reporting
-
-
-@pytest.fixture
-def made_up():
-    """What reproduce makes of scores of two models over two and three seeds."""
+def test_means_spreads_and_paired_differences_and_how_the_table_says_them():
     rows = [
         reproduce.Row("vae", "paper", "β-VAE", {}, {}, "random"), reproduce.Row("random", "none", "random", {}, {}),
         reproduce.Row("patchy", "paper", "PatchVAE", {}, {}, "random", ["vae", "absent"]),
-        reproduce.Row("supervised", "labels", "ResNet-18", {}, {}),
     ]
     top1 = {
         ("vae", "all-head"): {1: 50.0, 2: 52.0, 3: 57.0}, ("random", "all-head"): {1: 45.0, 2: 45.0, 3: 46.0},
         ("patchy", "all-head"): {1: 51.0, 3: 60.0}, ("patchy", "all-knn"): {1: 40.0},
-        ("supervised", "none-head"): {1: 80.0},
     }
-    columns = {"all-head": "head", "all-linear": "linear", "all-knn": "kNN", "none-head": "nothing frozen"}
-    rest = {"title": "Made up", "frozen": "all", "seeds": [1, 2, 3], "columns": columns, "notes": ["a note"]}
-    return {**reproduce.summarise(rows, top1), **rest}
-
-
-def test_means_spreads_and_paired_differences(made_up):
-    vae, random, patchy, _ = made_up["rows"]
+    content = {"title": "Made up", "seeds": [1, 2, 3], "columns": {"all-head": "head", "all-knn": "kNN"}}
+    content |= {"notes": ["a note"], **reproduce.summarise(rows, top1)}
+    vae, random, patchy = content["rows"]
     assert vae["scores"]["all-head"]["mean"] == 53 and vae["scores"]["all-head"]["sd"] == pytest.approx(math.sqrt(13))
     assert vae["above_random"]["mean"] == pytest.approx(23 / 3) and "above_random" not in random
     sd = pytest.approx(math.sqrt(32))
     assert patchy["above_random"] == {"mean": 10, "sd": sd, "n": 2, "seeds": {"1": 6, "3": 14}}
     assert patchy["scores"]["all-knn"] == {"mean": 40, "sd": None, "n": 1, "seeds": {"1": 40}}
-    (difference,) = made_up["differences"]
-    assert difference["all-head"] == {"mean": 2, "sd": pytest.approx(math.sqrt(2)), "n": 2, "seeds": {"1": 1, "3": 3}}
-    assert difference["all-knn"]["n"] == 0
-
-
-def test_the_table_says_what_the_figures_are(made_up):
-    lines = reproduce.markdown(made_up).splitlines()
-    assert "| paper | β-VAE | 53.00 ± 3.61 | – | – | – | +7.67 ± 3.06 |" in lines
-    assert "| paper | PatchVAE | 55.50 ± 6.36 (n = 2) | – | 40.00 (n = 1) | – | +10.00 ± 5.66 (n = 2) |" in lines
-    assert "| labels | ResNet-18 | – | – | – | 80.00 (n = 1) | – |" in lines
+    lines = reproduce.markdown(content).splitlines()
+    assert "| paper | β-VAE | 53.00 ± 3.61 | – | +7.67 ± 3.06 |" in lines
+    assert "| paper | PatchVAE | 55.50 ± 6.36 (n = 2) | 40.00 (n = 1) | +10.00 ± 5.66 (n = 2) |" in lines
     assert "| PatchVAE − β-VAE, paper | +2.00 ± 1.41 (n = 2) | – | – |" in lines and lines[-1] == "- a note"
 
 
-def test_the_last_epoch_counts_not_the_best_on_the_test_images(made):
-    settings, rows = reproduce.parse(command(made[0]))
+def test_the_last_epoch_counts_not_the_best_on_the_test_images():
+    settings, rows = reproduce.parse([])
     records = {"all-head": {"command": "", "last": {"top1": 60.0}, "best": {"top1": 70.0}}}
-    (row,) = reproduce.gather(settings.changed(rows=[]), rows, {("paper-vae", 1): records})["rows"]
+    (row,) = reproduce.gather(settings.changed(rows=[]), rows, {"paper-vae-seed1": records})["rows"]
     assert row["scores"]["all-head"]["mean"] == 60
 
 
 def test_the_study_shows_the_figures_on_record():
-    """A comment <!-- NAME.json --> in imgs/reproduction.md says where the figures of the table below it come from."""
-    study, name, seen = ROOT / "imgs" / "reproduction.md", None, 0
-    if not study.exists():
-        pytest.skip("no study yet")
-    for line in study.read_text(encoding="utf-8").splitlines():
+    """A line <!-- NAME.json --> in imgs/reproduction.md says which record the rows of the next tables are of."""
+    study, name, shown = ROOT / "imgs" / "reproduction.md", None, {}
+    for line in study.read_text(encoding="utf-8").splitlines() if study.exists() else []:
         mark = re.fullmatch(r"<!-- (\S+\.json) -->", line.strip())
-        name = mark[1] if mark else name if line.startswith("|") or not line.strip() else None
+        name = mark[1] if mark else name if line.startswith("|") or not line.strip() else None  # up to other words
         if name and line.startswith("|"):
-            content = json.loads((ROOT / "imgs" / name).read_text(encoding="utf-8"))
-            assert line in reproduce.markdown(content).splitlines(), line
-            seen += 1
-    assert seen
-    for content in (json.loads(path.read_text()) for path in ROOT.glob("imgs/reproduction*.json")):
+            shown.setdefault(name, []).append(line)
+    for name, lines in shown.items():
+        content = json.loads((ROOT / "imgs" / name).read_text(encoding="utf-8"))
+        assert not set(lines) - set(reproduce.markdown(content).splitlines())
         for row in content["rows"]:
             for column, score in row["scores"].items():
+                cut, _, judge = column.rpartition("-")
                 for seed, value in score["seeds"].items():
-                    part, _, judge = column.rpartition("-")
-                    call = content["calls"][f"{row['name']}-seed{seed}"][f"{part}-{'head' if judge == 'head' else 'probes'}"]
-                    assert call["last" if judge == "head" else judge]["top1"] == value
+                    calls = content["calls"][f"{row['name']}-seed{seed}"]
+                    found = calls[f"{cut}-head"]["last"] if judge == "head" else calls[f"{cut}-probes"][judge]
+                    assert found["top1"] == value
+    assert shown or not study.exists()

@@ -3,15 +3,12 @@
     python utils/reproduce.py --data-folder data --output-folder reproduction
     python utils/reproduce.py --quick --output-folder quick
 
-A row is a dict of run.py's options: beta-VAE and PatchVAE, plain and with the edge-weighted loss, in the authors'
-setting and with our recipe; beside them random weights and a supervised ResNet-18. With a seed it becomes cells: its
-training and, for each place where the paper freezes the encoder, classifier.py's head and probes. A cell is one
-command; made.json in its folder records that command and what came of it. The same command goes on where it was
-stopped and repeats nothing that is finished; processes may share a folder, with other --seeds or --rows each. Table,
-plots and results.json are renewed whenever a model has been judged, with all that the folder has.
+A row (a beta-VAE or PatchVAE, random weights, a supervised network) is a dict of options. With a seed it becomes cells:
+its training and, for each place where the paper freezes the encoder, classifier.py's head and probes. A cell is one
+command; made.json in its folder records that command and what came of it. The same command goes on where it was stopped
+and repeats nothing that is finished; processes may share a folder, with other --seeds or --rows each.
 """
 
-import functools
 import json
 import math
 import os
@@ -26,6 +23,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -55,7 +53,8 @@ JUDGES = {"head": "head", "linear": "linear", "knn": "kNN"}
 FROZEN = [f"{ALL}-{judge}" for judge in JUDGES]  # columns of the table
 COMMON = ("dataset", "data_folder", "size", "inet", "workers", "cache", "cache_folder", "skip_broken", "precision")
 COMMON += ("compile", "no_cuda")  # options of all commands
-PLACES = ("data_folder", "output_folder", "pretrained", "cache", "cache_folder", "workers", "no_cuda", "overwrite", "resume")
+PLACES = ("data_folder", "output_folder", "pretrained", "cache", "cache_folder", "workers", "no_cuda")  # not what
+PLACES += ("overwrite", "resume")
 NOTED = ("command", "seconds", "device", "commit", "torch", "known_from")  # of a record; all else is its figures
 QUICK = {  # what --quick puts in place of options that are not given
     "dataset": "shapes", "size": 32, "encoder_arch": "pyramid", "ngf": 8, "scale": 8, "num_parts": 8, "seeds": [1, 2],
@@ -70,15 +69,12 @@ def build_parser():
     options.add_model_options(parser)
     parser.section("what to do")
     parser.option("--rows", str, None, "NAME", "only these; an unknown name lists all (default: all)", nargs="+")
-    parser.option("--seeds", options.seed, [1, 2, 3], "K", "one training each; from three on they tell how far chance "
-                  "reaches", nargs="+")
-    parser.switch("--ablations", "another table: the recipe's PatchVAE with one thing changed at a time, judged as "
-                  "with --frozen-only")
-    parser.switch("--frozen-only", "judge only encoders that are frozen as a whole; the other cuts train the layers "
-                  "behind them, which takes longer than all else but the training itself")
+    parser.option("--seeds", options.seed, [1, 2, 3], "K", "one training each", nargs="+")
+    parser.switch("--ablations", "another table: the recipe's PatchVAE, one thing changed at a time; --frozen-only")
+    parser.switch("--frozen-only", "judge only encoders that are frozen as a whole: to train layers behind takes long")
     parser.switch("--quick", "all of it on drawn shapes with a tiny model, in minutes: to try it, not to judge")
-    parser.option("--known", options.path, [], "FILE", "results.json of earlier reproductions, on other machines, too: "
-                  "what the same commands made there, wherever data and output lay, is taken over", nargs="+")
+    parser.option("--known", options.path, [], "FILE", "results.json of earlier reproductions, also on other machines: "
+                  "what the same commands made, wherever data and output lay, is taken over", nargs="+")
     parser.option("--output-folder", options.path, "./reproduction", "DIR", "where tables, plots and all runs go")
     parser.switch("--no-inet", "without --inet, which is the default here")
     parser.section("budget and machine")
@@ -178,7 +174,7 @@ def ablations(model):
 
 
 def cuts_of(encoder):
-    """Where an encoder can be frozen, a dict cut -> heading: ALL, then those of the paper within it, deep ones first."""
+    """Where an encoder can be frozen, a dict cut -> heading: ALL, then those of the paper within it, from deep."""
     with torch.device("meta"):  # its structure, no weights
         network, _ = modules.build_encoder(encoder["encoder_arch"], 3, encoder["scale"], encoder.get("ngf", 64))
     ends = features.children_until(encoder["encoder_arch"])
@@ -193,15 +189,8 @@ class Cell(NamedTuple):
     row: str  # and seed, e.g. "paper-vae-seed1"
     part: str  # "training", or e.g. "conv1-head", "all-probes"; "none-head" of a supervised network
     script: ModuleType
-    options: dict
-
-    @property
-    def folder(self):
-        return Path(self.options["output_folder"])
-
-    @property
-    def argv(self):
-        return options.typed_again(self.options, self.options)
+    folder: Path
+    argv: list
 
     @property
     def command(self):
@@ -213,8 +202,9 @@ def cells_of(settings, row, seed, inner=True):
     home, cells = Path(settings.output_folder, "runs", f"{row.name}-seed{seed}"), []
 
     def add(part, script, **own):
-        folder = {"output_folder": home if part == "training" else home / part}
-        cells.append(Cell(home.name, part, script, {**chosen(settings, COMMON), "seed": seed, **own, **folder}))
+        folder = home if part == "training" else home / part
+        command = {**chosen(settings, COMMON), "seed": seed, **own, "output_folder": folder}
+        cells.append(Cell(home.name, part, script, folder, options.typed_again(command, command)))
 
     def head(cut, epochs, **own):  # its learning rate falls after two thirds
         own |= {"epochs": epochs, "step": math.ceil(epochs * 2 / 3), "batch_size": settings.head_batch_size}
@@ -235,33 +225,21 @@ def cells_of(settings, row, seed, inner=True):
 
 
 def all_cells(settings, rows):
-    """The cells of all rows, for every seed that the output folder has by now: a dict (name, seed) -> list."""
+    """The cells of all rows, for every seed that the output folder has by now: a list."""
     seeds = {path.name.rpartition("-seed")[2] for path in Path(settings.output_folder, "runs").glob("*-seed*")}
     wanted = [(row, seed) for seed in sorted(map(int, filter(str.isdecimal, seeds))) for row in rows]
-    return {(row.name, seed): cells_of(settings, row, seed, not settings.ablations) for row, seed in wanted}
-
-
-# ---------------------------------------------------------------------------------------------------- records
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
-        raise RunError(f"{path}: this is not JSON; give the file that was written, or delete it") from None
+    return [cell for row, seed in wanted for cell in cells_of(settings, row, seed, not settings.ablations)]
 
 
 def record_of(cell):
-    """What is known of a cell: the command, seconds and origin, and figures once it has finished; {} before it begins.
-
-    In a folder of an older version, whose made.json has no command, the files of the script tell.
-    """
+    """What is known of a cell, {} before it begins: the command, seconds, origin and, once it has finished, figures."""
     made, begins = cell.folder / "made.json", cell.folder / cell.script.CONTENTS[0]
-    record = read_json(made) if made.exists() else {}
-    if "command" in record or not begins.exists():
-        return record
-    typed = read_json(begins)["typed"]
-    return {"command": cell._replace(options=typed).command, **record, **figures_of(cell)}
+    record = json.loads(made.read_text()) if made.exists() else {}
+    if "command" not in record and begins.exists():  # of an older version: the files of the script tell
+        typed = json.loads(begins.read_text(encoding="utf-8"))["typed"]
+        command = cell._replace(argv=options.typed_again(typed, typed)).command
+        record = {"command": command, **record, **figures_of(cell)}
+    return record
 
 
 def figures_of(cell):
@@ -270,7 +248,7 @@ def figures_of(cell):
     if not path.exists():
         return {}
     if cell.script is classifier:
-        found = read_json(path)
+        found = json.loads(path.read_text(encoding="utf-8"))
         return {name: found[name] for name in ("last", "best", "linear", "knn") if name in found}
     lines = path.read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may leave half of one
@@ -300,10 +278,13 @@ def differences(cell, command, place=os.path.realpath):
 
 def take_over(path, cells):
     """Count as finished what the report at `path` has of those cells that have not begun here, and say so."""
-    calls, taken, others = read_json(path).get("calls", {}), 0, []
+    try:
+        calls, taken, others = json.loads(Path(path).read_text(encoding="utf-8"))["calls"], 0, []
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"--known {path}: not a results.json of utils/reproduce.py; give one") from None
     for cell in [cell for cell in cells if not record_of(cell)]:
         known = calls.get(cell.row, {}).get(cell.part)
-        other = differences(cell, known["command"], place=os.path.basename) if known else ""
+        other = differences(cell, known["command"], place=lambda path: Path(path).name) if known else ""
         others += [f"{cell.row}, {cell.part}: {other}"] if other else []
         if known and not other:
             cell.folder.mkdir(parents=True, exist_ok=True)
@@ -312,10 +293,7 @@ def take_over(path, cells):
     print(f"{path}: {taken} calls are taken over, {len(others)} have other options", *others[:1], sep="; ")
 
 
-# ---------------------------------------------------------------------------------------------------- what is done
-
-
-def fulfil(cells, device):
+def fulfil(cells, origin):
     """Do what is left of one row and seed. Returns how many calls that were."""
     left, first = [cell for cell in cells if not is_finished(cell)], cells[0]
     if left and first.script is run and first not in left and not (first.folder / "model.pt").exists():
@@ -325,83 +303,79 @@ def fulfil(cells, device):
         saved = cell.folder / ("checkpoints" if cell.script is run else classifier.CHECKPOINTS)
         if cell in left:
             print(f"\n{runtime.relative(cell.folder)}", flush=True)
-            make(cell, device, goes_on=bool(training.numbered(str(saved))))
+            make(cell, origin, goes_on=bool(training.numbered(str(saved))))
         shutil.rmtree(saved, ignore_errors=True)  # gigabytes, over a hundred calls, that nobody needs any more
     return len(left)
 
 
-def make(cell, device, goes_on):
+def make(cell, origin, goes_on):
     """Call the cell's script, which begins, or `goes_on` from its checkpoint, and record what came of it.
 
-    Seconds and origins add up over calls; one that is refused, because another process is in the folder, say, counts
-    for nothing.
+    Seconds and origins add up over calls, but for those that were refused, because another process was in the folder.
     """
     path, started, before, found = cell.folder / "made.json", time.perf_counter(), record_of(cell), {}
     record = {**{name: before[name] for name in NOTED if name in before}, "command": cell.command}
     if record != before:  # nothing is finished until the call has ended
         cell.folder.mkdir(parents=True, exist_ok=True)
         runtime.write_json(path, record)
-    moved = {"pretrained": None} if goes_on else {}  # the checkpoint has its weights, wherever the folder is now
+    argv = [*cell.argv, *(["--resume", "auto"] if goes_on else ["--overwrite"])]
+    if goes_on and "--pretrained" in argv:  # the checkpoint has its weights, and the folder may have been moved
+        place = argv.index("--pretrained")
+        del argv[place : place + 2]
     try:
-        argv = cell._replace(options={**cell.options, **moved}).argv
-        cell.script.main([*argv, *(["--resume", "auto"] if goes_on else ["--overwrite"])])
+        cell.script.main(argv)
         found = figures_of(cell)
     finally:
         if not isinstance(sys.exception(), RunError):
             record["seconds"] = round(record.get("seconds", 0) + time.perf_counter() - started, 1)
-            origin = {"device": runtime.describe(device), "commit": commit(), "torch": torch.__version__}
             record |= {name: list(dict.fromkeys([*record.get(name, []), value])) for name, value in origin.items()}
             runtime.write_json(path, {**record, **found})
     training.release(cell.folder)
 
 
-@functools.cache  # of the code that runs, not of what may be checked out meanwhile
-def commit():
-    """The commit of this code, with "-dirty" where its files differ from it."""
+def origin_of(device):
+    """What the figures will be made with, as the records have it: the commit is that of the code that runs."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip() or "unknown"
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        commit = ""
+    return {"device": runtime.describe(device), "commit": commit or "unknown", "torch": torch.__version__}
 
 
 def check_labels(settings):
     """Raises now what reading the labels would raise after the first training."""
-    judging = classifier.parse(options.typed_again({**vars(settings), "arch": "resnet18"}, [*COMMON, "arch"]))[0]
-    train, _ = classifier.labelled_sources(judging)
-    for fraction in (settings.head_label_fraction, settings.label_fraction):
-        classifier.few_labels(train.labels, fraction, judging.seed)
+    values = {**chosen(settings, COMMON), "arch": "resnet18"}
+    values["label_fraction"] = min(settings.label_fraction, settings.head_label_fraction)
+    classifier.labelled_sources(classifier.parse(options.typed_again(values, values))[0])
 
 
 def main(argv=None):
     """Do and report what `argv` says; returns the content of results.json: a dict."""
     settings, rows = parse(argv)
-    device, done, failed = runtime.choose_device(settings.no_cuda), 0, []
+    origin, done, failed = origin_of(runtime.choose_device(settings.no_cuda)), 0, []
     inner = not (settings.frozen_only or settings.ablations)
     wanted = [(row, seed) for seed in dict.fromkeys(settings.seeds) for row in rows if row.name in settings.rows]
     work = [cells_of(settings, row, seed, inner) for row, seed in wanted]  # seed by seed: every row is there soon
     for path in settings.known:
         take_over(path, sum(work, []))
-    for cell in sum([*work, *all_cells(settings, rows).values()], []):
-        if other := differences(cell, record_of(cell).get("command", cell.command)):
-            raise UsageError(f"{cell.folder} was made with other options ({other}): delete it, or choose another "
-                             "--output-folder")
+    for cell in sum(work, all_cells(settings, rows)):
+        command = record_of(cell).get("command")
+        if command and (other := differences(cell, command)):
+            raise UsageError(f"{cell.folder} has other options ({other}): delete it, or choose another --output-folder")
     if not all(is_finished(cell) for cell in sum(work, [])):
         check_labels(settings)
     for cells in work:
         try:
-            made = fulfil(cells, device)
+            made = fulfil(cells, origin)
+            done += made
+            if made:
+                report(settings, rows)
         except (KeyboardInterrupt, runtime.Terminated) as signal:
             raise type(signal)("stopped; the same command goes on from here") from None
-        except UsageError:
-            raise
         except RunError as error:  # the other rows do not depend on it
             print(f"not finished: {error}", flush=True)
             failed.append(str(error))
-            continue
-        done += made
-        if made:
-            report(settings, rows)
     content = report(settings, rows)
     print(f"\n{markdown(content)}\n{done} calls made; what had been finished was not repeated. All of it lies in "
           f"{runtime.relative(settings.output_folder)}")
@@ -418,25 +392,28 @@ def report(settings, rows):
     folder, prefix = Path(settings.output_folder), "ablations_" if settings.ablations else ""
     folder.mkdir(parents=True, exist_ok=True)
     with runtime.locked(folder / ".report.lock", -1, ""):  # other processes report into this folder, too
-        found = all_cells(settings, rows)
-        records = {key: {cell.part: record_of(cell) for cell in found[key] if is_finished(cell)} for key in found}
-        content = gather(settings, rows, {key: parts for key, parts in records.items() if parts})
+        calls = {}
+        for cell in filter(is_finished, all_cells(settings, rows)):
+            calls.setdefault(cell.row, {})[cell.part] = record_of(cell)
+        content = gather(settings, rows, calls)
         runtime.write_json(folder / f"{prefix}results.json", content)
         runtime.write(folder / f"{prefix}table.md", lambda file: file.write(markdown(content).encode()))
-        figures.save(figures.scores_plot(content), folder / f"{prefix}plot.png")
+        for name, picture in pictures(content, folder / "runs").items():
+            figures.save(picture, folder / f"{prefix}{name}.png")
     return content
 
 
-def gather(settings, rows, records):
-    """The content of results.json: a dict. `records`: dicts (name, seed) -> part -> record."""
-    rows = [row for row in rows if row.name in {*settings.rows, *(name for name, _ in records)}]
-    top1 = {}  # (name, column) -> seed -> top-1, of heads and networks after the last epoch, not the best one
-    for (name, seed), parts in records.items():
-        for part, record in parts.items():
-            for judge, test in {"head": "last", "linear": "linear", "knn": "knn"}.items():
-                if test in record:
-                    column = f"{part.rpartition('-')[0]}-{judge}"
-                    top1.setdefault((name, column), {})[seed] = record[test]["top1"]
+def gather(settings, rows, calls):
+    """The content of results.json: a dict. `calls`: dicts row and seed -> part -> record."""
+    top1, seeds = {}, set(settings.seeds)  # (name, column) -> seed -> top-1 after the last epoch, not the best
+    for key, part, record in ((key, *one) for key, parts in calls.items() for one in parts.items()):
+        name, _, seed = key.rpartition("-seed")
+        seeds.add(int(seed))
+        for judge, found in (("head", "last"), ("linear", "linear"), ("knn", "knn")):
+            if found in record:
+                column = f"{part.rpartition('-')[0]}-{judge}"
+                top1.setdefault((name, column), {})[int(seed)] = record[found]["top1"]
+    rows = [row for row in rows if row.name in {*settings.rows, *(key.rpartition("-seed")[0] for key in calls)}]
     cuts = {cut: words for row in rows if row.encoder for cut, words in cuts_of(row.encoder).items()}
     words = {f"{cut}-{judge}": f"{cuts.get(cut)}, {JUDGES[judge]}" for cut in (*features.CUTS, ALL) for judge in JUDGES}
     words["none-head"] = "nothing frozen"
@@ -444,12 +421,12 @@ def gather(settings, rows, records):
     return {
         "title": f"Recognition on {images} with frozen encoders",
         "frozen": cuts.get(ALL),
-        "seeds": sorted({*settings.seeds, *(seed for _, seed in records)}),
+        "seeds": sorted(seeds),
         "columns": {column: words[column] for column in words if any((row.name, column) in top1 for row in rows)},
         **summarise(rows, top1),
-        "notes": protocol(settings, images, {row.name: row.group for row in rows}, records),
+        "notes": protocol(settings, images, {row.name: row.group for row in rows}, calls),
         **runtime.record(),
-        "calls": {f"{name}-seed{seed}": found for (name, seed), found in records.items()},
+        "calls": calls,
     }
 
 
@@ -481,15 +458,15 @@ def paired(top1, row, other, column):
     return spread({seed: first[seed] - second[seed] for seed in first if seed in second})
 
 
-def protocol(settings, images, groups, records):
+def protocol(settings, images, groups, calls):
     """How the figures came about: a list of str, the last ones commands that stand for all of their kind."""
     commands, hours, made = {}, 0, {"device": set(), "torch": set(), "commit": set()}
-    for (name, _), parts in records.items():
-        for part, record in parts.items():
-            commands.setdefault(f"training, {groups[name]}" if part == "training" else part, record["command"])
-            hours += record.get("seconds", 0) / 3600
-            for kind in made:
-                made[kind].update(record.get(kind, []))
+    for key, part, record in ((key, *one) for key, parts in calls.items() for one in parts.items()):
+        kind = f"training, {groups[key.rpartition('-seed')[0]]}" if part == "training" else part
+        commands.setdefault(kind, record["command"])
+        hours += record.get("seconds", 0) / 3600
+        for name in made:
+            made[name].update(record.get(name, []))
     device, versions, commits = (", ".join(sorted(values)) or "?" for values in made.values())
     return [
         *(["A quick try of the command: these scores tell nothing of the models."] if settings.quick else []),
@@ -503,6 +480,35 @@ def protocol(settings, images, groups, records):
         f"Made in {hours:.2f} hours of {device}; torch {versions}; commit {commits}.",
         *(f"For instance ({kind}): `{commands[kind]}`" for kind in sorted(commands, reverse=True)),
     ]
+
+
+def pictures(content, runs):
+    """The scores, the losses of the trainings, and what the models draw: a dict of PIL images by name."""
+    rows, found, lines, samples = [row for row in content["rows"] if FROZEN[0] in row["scores"]], {}, {}, {}
+    panels, floors = {}, {}
+    for column, judge in zip(FROZEN, JUDGES.values()):
+        scores = {row["name"]: row["scores"].get(column, spread({})) for row in rows}
+        axis = f"{judge}, {content['frozen']}: top-1 in %"
+        panels[axis] = [list(scores[row["name"]]["seeds"].values()) for row in rows]
+        floors[axis] = [scores.get(row.get("floor"), spread({}))["mean"] for row in rows]
+    if rows:
+        colours = ["0.4" if "floor" not in row else "C0" if row["words"].startswith("β") else "C1" for row in rows]
+        words = [(row["group"], row["words"]) for row in rows], panels, floors, colours, content["title"]
+        note = "dot: one seed    bar: mean ± standard deviation    dashed: the same encoder with random weights"
+        found["plot"] = figures.points(*words, [note])
+    for row in content["rows"]:
+        calls = [parts for key, parts in content["calls"].items() if key.rpartition("-seed")[0] == row["name"]]
+        losses = [parts["training"]["curve"] for parts in calls if "curve" in parts.get("training", {})]
+        epochs = [spread(dict(enumerate(values))) for values in zip(*losses)]
+        if epochs:
+            line = [(number, epoch["mean"], epoch["sd"] or 0) for number, epoch in enumerate(epochs, 1)]
+            lines.setdefault(f"epoch, {row['group']}", {})[row["words"]] = line
+        for path in sorted(runs.glob(f"{row['name']}-seed*/images/samples_*.png"))[-1:]:
+            samples[f"{row['group']}: {row['words']}"] = Image.open(path)
+    if lines:
+        title = "Learning curves: mean ± standard deviation over seeds"
+        found["curves"] = figures.curves(lines, "loss of a test image", title, log=True)
+    return {**found, "samples": figures.stacked(samples)} if samples else found
 
 
 def markdown(content):
