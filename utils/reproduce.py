@@ -1,12 +1,12 @@
-"""Reproduce the paper's comparison: train every row of the table over several seeds, judge the encoders, report.
+"""Reproduce the paper's comparison, on CIFAR-10 unless --dataset is given: train, judge the encoders, report.
 
     python utils/reproduce.py --data-folder data --output-folder reproduction
     python utils/reproduce.py --quick --output-folder quick
 
-A row (a beta-VAE or PatchVAE, random weights, a supervised network) is a dict of options. With a seed it becomes cells:
-its training and, for each place where the paper freezes the encoder, classifier.py's head and probes. A cell is one
-command; made.json in its folder records that command and what came of it. The same command goes on where it was stopped
-and repeats nothing that is finished; processes may share a folder, with other --seeds or --rows each.
+A row of the table (a beta-VAE or PatchVAE, random weights, a supervised network) is a dict of options. With a seed it
+becomes cells: its training and, for each place where the paper freezes the encoder, classifier.py's head and probes. A
+cell is one command; made.json in its folder records that command and what came of it. The same command goes on where it
+was stopped and repeats nothing that is finished; processes may share a folder, with other --seeds or --rows each.
 """
 
 import json
@@ -261,10 +261,7 @@ def is_finished(cell):
 
 
 def differences(cell, command, place=os.path.realpath):
-    """How a recorded command differs from the cell's, but for where it was made: str.
-
-    `place` of a folder's path tells which images it has.
-    """
+    """How a recorded command differs from the cell's: str. `place` of a folder's path tells which images it has."""
     parser = cell.script.build_parser()
     try:
         found, wanted = ({**parser.defaults, **parser.typed(argv)} for argv in (shlex.split(command)[2:], cell.argv))
@@ -311,7 +308,7 @@ def fulfil(cells, origin):
 def make(cell, origin, goes_on):
     """Call the cell's script, which begins, or `goes_on` from its checkpoint, and record what came of it.
 
-    Seconds and origins add up over calls, but for those that were refused, because another process was in the folder.
+    Seconds and origins add up over calls; one that is refused, say by another process in the folder, counts nothing.
     """
     path, started, before, found = cell.folder / "made.json", time.perf_counter(), record_of(cell), {}
     record = {**{name: before[name] for name in NOTED if name in before}, "command": cell.command}
@@ -433,13 +430,18 @@ def gather(settings, rows, calls):
 def summarise(rows, top1):
     """Statistics of rows and of paired differences, a dict. `top1`: dicts (name, column) -> seed -> top-1."""
     lines, differences, words = [], [], {row.name: row.words for row in rows}
+
+    def paired(row, other, column):  # over the seeds that both have
+        first, second = top1.get((row, column), {}), top1.get((other, column), {})
+        return spread({seed: first[seed] - second[seed] for seed in first if seed in second})
+
     for row in rows:
         scores = {column: spread(values) for (name, column), values in top1.items() if name == row.name}
         lines.append({"name": row.name, "group": row.group, "words": row.words, "scores": scores})
         if row.floor in words:
-            lines[-1] |= {"floor": row.floor, "above_random": paired(top1, row.name, row.floor, "all-head")}
+            lines[-1] |= {"floor": row.floor, "above_random": paired(row.name, row.floor, "all-head")}
         for other in (other for other in row.against if other in words):
-            found = {column: paired(top1, row.name, other, column) for column in FROZEN}
+            found = {column: paired(row.name, other, column) for column in FROZEN}
             if any(one["n"] for one in found.values()):
                 differences.append({"words": f"{row.words} − {words[other]}, {row.group}", **found})
     return {"rows": lines, "differences": differences}
@@ -450,12 +452,6 @@ def spread(values):
     numbers = list(values.values())
     mean, sd = statistics.fmean(numbers) if numbers else None, statistics.stdev(numbers) if len(numbers) > 1 else None
     return {"mean": mean, "sd": sd, "n": len(numbers), "seeds": {str(seed): value for seed, value in values.items()}}
-
-
-def paired(top1, row, other, column):
-    """spread() of the differences between two rows in a column, over the seeds that both have."""
-    first, second = top1.get((row, column), {}), top1.get((other, column), {})
-    return spread({seed: first[seed] - second[seed] for seed in first if seed in second})
 
 
 def protocol(settings, images, groups, calls):
