@@ -41,14 +41,14 @@ LONGEST = 16  # times its width may an image be high, or the reverse, before its
 # ---------------------------------------------------------------------------------------------------- pixels
 
 
-def resize_and_crop(image, size):
+def resize_and_crop(image, size, how=transforms.InterpolationMode.BILINEAR):
     """PIL image -> size×size: the shorter side resized (antialiased), the middle of the longer one kept."""
     if image.size == (size, size):
         return image
     longest = LONGEST * min(image.size)
     if max(image.size) > longest:  # resizing all of it could take gigabytes
         image = transforms.center_crop(image, [min(image.height, longest), min(image.width, longest)])
-    return transforms.center_crop(transforms.resize(image, size), size)
+    return transforms.center_crop(transforms.resize(image, size, how), size)
 
 
 class Pixels(torch.utils.data.Dataset):
