@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -155,7 +156,8 @@ def open_batches(settings, sources, device):
 class Batches:
     """An image source as normalised float batches on `device`; the host sends uint8."""
 
-    def __init__(self, source, form, device, loading=Loading()):  # noqa: B008
+    def __init__(self, source, form, device, loading=None):
+        loading = loading or Loading()
         self.pixels, self.device, self.flip = Pixels(source, form.size), device, form.flip
         self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (form.mean, form.std))
         self.workers = min(loading.workers, -(-(os.cpu_count() or 1) // runtime.local_count()))
@@ -247,7 +249,11 @@ class Batches:
                     broken.update(errors)
                 yield torch.from_numpy(pixels)
         except OSError as error:
-            raise RunError(f"no data-loading processes ({runtime.explain(error)}): use --workers 0") from None
+            sys.unraisablehook = lambda _: None  # torch's half-made iterator would complain when it goes
+            raise RunError(
+                f"the data-loading processes do not start ({error.strerror or error}): use --workers 0, or raise "
+                "`ulimit -n` (open files) or the size of /dev/shm"
+            ) from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -486,8 +492,11 @@ def choose_cache(wanted, sources, size, device, folder):
             f"--cache {wanted}: {amount(needed)} of decoded images do not fit into {amount(free[mode])} of free "
             "memory; use --cache disk or none"
         )
-    places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}", "none": "nowhere"}
-    print(f"cache: {amount(needed)} of decoded images are kept {places[mode]}")
+    places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}"}
+    if mode in places:
+        print(f"cache: {amount(needed)} of decoded images are kept {places[mode]}")
+    else:
+        print("cache: none: an image is decoded whenever it is needed")
     return mode
 
 

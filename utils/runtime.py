@@ -192,8 +192,9 @@ def together(main):
         if dist.is_initialized() or not _is_one_of_several():
             return main(argv)
         _meet()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
-            result = main(argv)
+        with open(os.devnull, "w", errors="ignore") as nowhere:
+            with contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
+                result = main(argv)
         dist.destroy_process_group()  # not after an error: the others may never answer
         return result
 
@@ -202,14 +203,12 @@ def together(main):
 
 def _is_one_of_several():
     """Whether torchrun, or who sets the same variables, started this process beside others. Raises UsageError."""
-    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    if found["RANK"] is None and found["WORLD_SIZE"] is None:
+    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")}
+    *numbers, address = found.values()
+    if numbers[:2] == ["0", "1"] or not {"RANK", "WORLD_SIZE"} & set(os.environ):
         return False
-    numbers = [found[name] or "" for name in ("RANK", "WORLD_SIZE")]
-    if numbers == ["0", "1"]:
-        return False
-    if not all(map(str.isdecimal, numbers)) or int(numbers[0]) >= int(numbers[1]) or not all(found.values()):
-        names = ", ".join(f"{name}={value or ''}" for name, value in found.items())
+    if not all(map(str.isdecimal, numbers)) or int(numbers[0]) >= int(numbers[1]) or not address:
+        names = ", ".join(f"{name}={value}" for name, value in found.items())
         raise UsageError(f"the environment describes no whole job ({names}): start with torchrun, or unset them")
     return True
 
