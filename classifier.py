@@ -117,7 +117,7 @@ def parse(argv):
         if not file:
             check_whole_network(arch, typed)
     if file:
-        saved = {**file["options"], "pretrained": values["pretrained"]}
+        saved = {"pretrained": values["pretrained"], **options.described(file)}
         values = options.merge(parser.defaults, saved, typed, contradicted, values["pretrained"])
         options.check_channels(values["dataset"], file["options"], values["pretrained"])
     if arch in SUPERVISED:

@@ -85,8 +85,8 @@ def parse(argv):
         values["pretrained"] = os.path.join(values["output_folder"], "model.pt")
     if values["pretrained"]:
         file = training.load(values["pretrained"], training.MODEL)
-        saved = {**file["options"], **(options.data_of(file, typed, TESTED_WITH) if values["evaluate"] else {})}
-        saved["pretrained"] = values["pretrained"]
+        saved = {"pretrained": values["pretrained"], **options.described(file)}
+        saved |= options.data_of(file, typed, TESTED_WITH) if values["evaluate"] else {}
         values = options.merge(parser.defaults, saved, typed, options.DESCRIBED, values["pretrained"])
         options.check_channels(values["dataset"], file["options"], values["pretrained"])
     values = options.complete(values, typed)
@@ -118,7 +118,7 @@ def main(argv=None):
         training.check_folder(*place)  # now, and not after an hour of decoding
     device = runtime.choose_device(settings.no_cuda)
     settings = settings.changed(precision=runtime.choose_precision(settings.precision, device))
-    *train, test = opened = open_data(settings, device)
+    *train, test = opened = open_data(settings, device, file)
     described = options.describe_model(settings)
     torch.manual_seed(settings.seed)
     model = runtime.channels_last(modules.build_model(described).to(device))
@@ -139,11 +139,15 @@ def step_size(settings):
     return min(settings.batch_size, settings.img_per_epoch)
 
 
-def open_data(settings, device):
-    """Batches to train and to test on; of --evaluate the test images alone, which are all where there are no splits."""
+def open_data(settings, device, file):
+    """Batches to train and to test on; of --evaluate to test on: all of a folder that was typed.
+
+    `file`: the content of the model file, which knows its own data set.
+    """
     splits = ("unlabelled", "test")
     if settings.evaluate:
-        splits = ("all",) if "data_folder" in settings.typed or "dataset" in settings.typed else ("test",)
+        is_own = "data_folder" not in settings.typed and (not file or file["args"]["dataset"] == settings.dataset)
+        splits = ("test" if is_own else "all",)
     with runtime.main_first():
         sources = [open_split(settings.dataset, settings.data_folder, split, settings.size) for split in splits]
     return batches.open_batches(settings, sources, device)

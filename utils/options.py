@@ -190,6 +190,11 @@ def describe_model(settings):
     return {**{name: getattr(settings, name) for name in DESCRIBED}, "channels": channels, "mean": mean, "std": std}
 
 
+def described(file):
+    """The options of the model in the content of a model file: a dict."""
+    return {name: file["options"][name] for name in DESCRIBED}
+
+
 def data_of(file, typed, names):
     """What the model `file` says of its data, and its options `names`: a dict. Another data set has its own folder."""
     saved = file["args"]

@@ -167,20 +167,19 @@ def relative(path):
 
 
 def locked(path, patience, otherwise):
-    """A FileLock on `path`, held until it is released or the process ends; it is also a context.
+    """A lock on the file `path`, held from now on until it is left as a context, or the process ends.
 
     `patience`: seconds to wait for another process (-1: for ever) before RunError(`otherwise`) is raised.
     """
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=patience)
+        return FileLock(path).acquire(timeout=patience)
     except Timeout:
         raise RunError(otherwise) from None
     except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.ENOSPC):
             raise
         print(f"warning: {path} cannot be locked ({error}): let no other run write there", file=sys.stderr)
-    return lock
+        return contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------- processes

@@ -25,7 +25,7 @@ def open_model(parser, argv):
     typed = parser.typed(argv)
     device = runtime.choose_device(typed.get("no_cuda", False))
     model, file = load_model(typed["pretrained"], device)
-    saved = {**file["options"], **options.data_of(file, typed, OF_TRAINING)}
+    saved = {**options.described(file), **options.data_of(file, typed, OF_TRAINING)}
     defaults = {**parser.defaults, "data_folder": "./data"}
     values = options.merge(defaults, saved, typed, options.DESCRIBED, typed["pretrained"])
     options.check_channels(values["dataset"], file["options"], typed["pretrained"])

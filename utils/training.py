@@ -171,8 +171,8 @@ def prepare_folder(folder, contents, kept, overwrite=False, keep=False):
 
 def release(folder):
     """Let others use `folder`, as the end of the process would."""
-    if lock := _locks.pop(Path(folder).resolve(), None):
-        lock.release()
+    with _locks.pop(Path(folder).resolve(), contextlib.nullcontext()):
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------- means
