@@ -47,12 +47,12 @@ def call(script, *options, cwd=None, env=None, timeout=240):
 @pytest.fixture
 def line_of_error(capsys, monkeypatch):
     """A function that calls a script's main(argv), which has to fail in one line: its exit status and that line."""
-    from utils import console
+    from utils import runtime
 
     def line_of_error(main, argv):
         monkeypatch.setattr(sys, "argv", ["script.py"])
         with pytest.raises(SystemExit) as left:
-            console.run(lambda: main(argv))
+            runtime.start(lambda: main(argv))
         line = capsys.readouterr().err
         assert line.startswith("script.py: error: ") and line.endswith("\n") and line.count("\n") == 1
         return left.value.code, line

@@ -138,6 +138,9 @@ class Loading(NamedTuple):
     skip_broken: bool = False
 
 
+AT_ONCE = Loading()  # in the main process, anew each time
+
+
 def open_batches(settings, sources, device):
     """Batches for each of the image sources, as the data options say: a list. Raises RunError."""
     if min(map(len, sources)) < runtime.count():
@@ -155,7 +158,7 @@ def open_batches(settings, sources, device):
 class Batches:
     """An image source as normalised float batches on `device`; the host sends uint8."""
 
-    def __init__(self, source, form, device, loading=Loading()):  # noqa: B008
+    def __init__(self, source, form, device, loading=AT_ONCE):
         self.pixels, self.device, self.flip = Pixels(source, form.size), device, form.flip
         self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (form.mean, form.std))
         self.workers = min(loading.workers, -(-(os.cpu_count() or 1) // runtime.local_count()))
@@ -443,10 +446,12 @@ def list_broken(source, is_broken, path):
     """Lists the broken images of `source` in the file `path`. Raises RunError for more than one in a hundred."""
     count = int(is_broken.sum())
     if runtime.is_main():
+        lines = [os.fsencode(source.path(row)) + b"\n" for row in np.flatnonzero(is_broken)]
         with _writing(path), contextlib.suppress(FileNotFoundError):
-            os.makedirs(os.path.dirname(path), exist_ok=True) if count else os.remove(path)
-            lines = [os.fsencode(source.path(row)) + b"\n" for row in np.flatnonzero(is_broken)]
-            if count:
+            if not count:
+                os.remove(path)
+            else:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
                 runtime.write(path, lambda file: file.writelines(lines))
     found = f"{count:,} of {len(source):,} images cannot be decoded"
     if count * 100 > len(source):
@@ -472,7 +477,7 @@ def choose_cache(wanted, sources, size, device, folder):
     needed = sum(len(source) * source.channels for source in sources) * size**2
     free = {"device": free_on(device), "ram": free_memory() // runtime.local_count(), "disk": 0}
     if all(map(is_files, sources)):
-        built = [path for source in sources for path in glob.glob(f"{glob.escape(cache_path(source, size, folder))}-*")]
+        built = [path for source in sources for path in glob.glob(f"{glob.escape(cache_path(source, size, folder))}-*.npy")]
         free["disk"] = free_disk(folder) + sum(map(os.path.getsize, built))
     elif wanted == "disk":
         print("cache: --cache disk is for image files; what is drawn or bundled stays in memory")
