@@ -374,14 +374,15 @@ def open_table(path, source, shape, decode, skip_broken, pinned):
     if table is None:  # without the lock so far: a shared cache may be read-only
         with _writing(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            patience = functools.partial(runtime.locked, f"{path}.lock")
             try:
-                lock = patience(1, "")
+                lock = runtime.locked(f"{path}.lock", 1, "")
             except RunError:
                 print(f"cache: waiting for another process that writes {file}", flush=True)
-                lock = patience(-1, "")
-            with lock:
+                lock = runtime.locked(f"{path}.lock", -1, "")
+            try:
                 table = _read(file, len(source)) or _build(file, path, (len(source), *shape), decode, skip_broken)
+            finally:
+                lock.release()  # which is no error where the disk knows no locks
     pixels, broken = table
     if broken.any() and not skip_broken:
         source.image(int(broken.argmax()))  # raises the reason
@@ -477,7 +478,8 @@ def choose_cache(wanted, sources, size, device, folder):
     needed = sum(len(source) * source.channels for source in sources) * size**2
     free = {"device": free_on(device), "ram": free_memory() // runtime.local_count(), "disk": 0}
     if all(map(is_files, sources)):
-        built = [path for source in sources for path in glob.glob(f"{glob.escape(cache_path(source, size, folder))}-*.npy")]
+        starts = [glob.escape(cache_path(source, size, folder)) for source in sources]
+        built = [path for start in starts for path in glob.glob(f"{start}-*.npy")]
         free["disk"] = free_disk(folder) + sum(map(os.path.getsize, built))
     elif wanted == "disk":
         print("cache: --cache disk is for image files; what is drawn or bundled stays in memory")

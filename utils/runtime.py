@@ -165,7 +165,7 @@ def relative(path):
 
 
 def locked(path, patience, otherwise):
-    """A FileLock on `path`, held until it is released or the process ends; it is also a context.
+    """A FileLock on `path`, held until it is released or the process ends.
 
     `patience`: seconds to wait for another process (-1: for ever) before RunError(`otherwise`) is raised.
     """
