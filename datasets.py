@@ -76,31 +76,36 @@ class Files:
 
 def read_image(path):
     """The image file `path` as it is seen: a PIL RGB image, upright, on white if transparent. Raises RunError."""
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but read all the same
+        picture = _decoded(path)
+    for remark in {str(remark.message) for remark in remarks} - said_of_images:
+        print(f"{path}: {remark} (said of the first such image only)", file=sys.stderr)
+        said_of_images.add(remark)
+    return picture
+
+
+def _decoded(path):
     try:
-        with warnings.catch_warnings(record=True) as remarks, Image.open(path) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but read all the same
+        with Image.open(path) as image:
             picture = _upright(_eight_bit(image))
             if "A" in picture.getbands() or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("RGB")
+            return picture.convert("RGB")
+    except MemoryError:
+        raise
     except FileNotFoundError:
         raise RunError(f"{path}: the image is not there (any more); restore it and start again") from None
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
         raise RunError(f"{path}: has more than {limit:.0f} megapixels; scale it down, or use --skip-broken") from None
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow raises many kinds for a broken file
         if getattr(error, "errno", None) == errno.EMFILE:  # of the machine, not of the file
             raise RunError(explain(error)) from None
         raise RunError(
             f"{path}: cannot be decoded ({error}); repair or remove it, or leave such images out with --skip-broken"
         ) from None
-    for remark in {str(remark.message) for remark in remarks} - said_of_images:
-        print(f"{path}: {remark} (said of the first such image only)", file=sys.stderr)
-        said_of_images.add(remark)
-    return picture
 
 
 def _upright(image):
