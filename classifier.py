@@ -162,9 +162,9 @@ def find_checkpoint(values):
 def main(argv=None):
     """Train, probe or evaluate as `argv` says; returns the figures, as results.json holds them: a dict."""
     settings, file, checkpoint = parse(argv)
-    folder = Path(settings.output_folder)
+    place = Path(settings.output_folder), CONTENTS, KEPT, settings.overwrite, checkpoint is not None
     if not settings.evaluate:
-        folder = training.prepare_folder(folder, CONTENTS, KEPT, settings.overwrite, keep=checkpoint is not None)
+        training.check_folder(*place)  # now, and not after an hour of decoding
     device = runtime.choose_device(settings.no_cuda, settings.gpu)
     settings = settings.changed(precision=runtime.choose_precision(settings.precision, device))
     sources = labelled_sources(settings)
@@ -185,6 +185,7 @@ def main(argv=None):
         found, _, _ = evaluate(model, test.in_order(settings.batch_size), len(test))
         print(f"test  {in_words(found)}")
         return found
+    folder = training.prepare_folder(*place)
     if runtime.is_main():
         runtime.write_json(folder / "classifier_args.json", {**vars(settings), **runtime.record()})
     if settings.linear or settings.knn:

@@ -112,10 +112,10 @@ def check(values):
 def main(argv=None):
     """Train, or evaluate, as `argv` says; returns the best test figures: a dict of floats."""
     settings, file, checkpoint = parse(argv)
-    folder = Path(settings.output_folder)
+    place = Path(settings.output_folder), CONTENTS, KEPT, settings.overwrite, checkpoint is not None
     if not settings.evaluate:
         options.check_batch(step_size(settings), (settings.size // settings.scale) ** 2)
-        folder = training.prepare_folder(folder, CONTENTS, KEPT, settings.overwrite, keep=checkpoint is not None)
+        training.check_folder(*place)  # now, and not after an hour of decoding
     device = runtime.choose_device(settings.no_cuda)
     settings = settings.changed(precision=runtime.choose_precision(settings.precision, device))
     *train, test = opened = open_data(settings, device)
@@ -129,6 +129,7 @@ def main(argv=None):
     print(f"{settings.arch}: {parameters:,} parameters, encoder {settings.encoder_arch}, {bottleneck(settings)}")
     if settings.evaluate:
         return evaluate_only(settings, model, test)
+    folder = training.prepare_folder(*place)
     if runtime.is_main():
         runtime.write_json(folder / "args.json", {**vars(settings), **runtime.record()})
     return fit(settings, described, model, *train, test, folder, checkpoint)

@@ -126,19 +126,22 @@ def find_run(settings, folder_name, kind):
 _locks = {}  # of the folders that this process writes into
 
 
-def check_folder(folder, contents, checkpoints, overwrite=False, keep=False):
-    """What a new run would have to remove from `folder`: a list of paths. Raises UsageError where it must not.
+def check_folder(folder, contents, kept, overwrite=False, keep=False):
+    """What a new run would have to remove from `folder`: a list of paths. Raises UsageError or RunError.
 
-    `contents`: names that a run writes, the first of which tells that a folder is one of a run; `checkpoints`: those of
-    files (patterns) without which nothing is lost. A run is replaced (`overwrite`) or gone on with (`keep`).
+    `contents`: names that a run writes, the first of which tells that a folder is one of a run; `kept`: patterns of
+    files without which it holds nothing to lose. A run is replaced (`overwrite`) or gone on with (`keep`).
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-folder {folder} is a file; give the name of a folder")
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(above, os.W_OK):
+        raise RunError(f"--output-folder {folder}: {above} may not be written to; choose another folder")
     found = [folder / name for name in contents if os.path.lexists(folder / name) and not keep]
     if found and not (folder / contents[0]).exists():
         raise UsageError(f"--output-folder {folder} holds {found[0].name}, which no run made; choose another folder")
-    if found and not overwrite and any(any(folder.glob(pattern)) for pattern in checkpoints):
+    if found and not overwrite and any(any(folder.glob(pattern)) for pattern in kept):
         raise UsageError(
             f"--output-folder {folder} already holds a run ({found[0].name}); choose another folder, or give "
             "--overwrite to replace that run"
@@ -146,13 +149,13 @@ def check_folder(folder, contents, checkpoints, overwrite=False, keep=False):
     return found
 
 
-def prepare_folder(folder, contents, checkpoints, overwrite=False, keep=False):
+def prepare_folder(folder, contents, kept, overwrite=False, keep=False):
     """Make `folder` ready for a run, see check_folder: from here to its end no other process may write into it."""
     folder = Path(folder)
     if not runtime.is_main():
         runtime.wait()
         return folder
-    found = check_folder(folder, contents, checkpoints, overwrite, keep)
+    found = check_folder(folder, contents, kept, overwrite, keep)
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() not in _locks:
         busy = f"{folder} is in use by another run; wait for it, or choose another --output-folder"
