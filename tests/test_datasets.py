@@ -457,7 +457,8 @@ def test_training_order_shows_every_image_once_per_round_in_fresh_order():
 
 
 def test_training_order_depends_on_seed_and_step_alone():
-    whole, rest, other = (np.stack([*TrainingOrder(np.arange(100), 16, *of)]) for of in ((5, 1, 20), (5, 8, 20), (6, 1, 20)))
+    whole, rest, other = (np.stack([*TrainingOrder(np.arange(100), 16, seed, first, 20)])
+                          for seed, first in ((5, 1), (5, 8), (6, 1)))
     assert np.array_equal(rest, whole[7:]) and not np.array_equal(other, whole)
 
 

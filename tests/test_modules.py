@@ -13,7 +13,7 @@ CIFAR = {
     "arch": "patchy", "encoder_arch": "resnet", "decoder_arch": "pyramid", "channels": 3, "size": 32, "scale": 8,
     "ngf": 64, "num_parts": 16, "hidden_size": 6, "py": 1 / 16, "categorical": False, "hard": False,
     "independent": False, "mean": [0.5] * 3, "std": [0.5] * 3,
-}  # fmt: skip
+}
 IMAGENET = {**CIFAR, "size": 224, "scale": 32, "num_parts": 64, "hidden_size": 16}
 
 
@@ -332,7 +332,7 @@ def test_independent_parts_do_not_mix_before_the_pixels():
         {"encoder_arch": "alexnet", "scale": 32, "size": 96}, {"arch": "vae", "scale": 4},
     ],
     ids=lambda changes: " ".join(f"{key}={value}" for key, value in changes.items()) or "defaults",
-)  # fmt: skip
+)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_model_trains_and_evaluates_deterministically(changes, channels):
     mean, std = normalisation(channels, False)
