@@ -6,6 +6,7 @@ Splits: "unlabelled" is what run.py trains on, "train" what classifier.py trains
 the images of a folder that has no splits.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -88,7 +89,9 @@ def read_image(path):
 def _decoded(path):
     try:
         with Image.open(path) as image:
-            picture = _upright(_eight_bit(image))
+            picture = _eight_bit(image)
+            with contextlib.suppress(Exception):  # what cannot be read of the camera's notes spoils no picture
+                picture = ImageOps.exif_transpose(picture)
             if "A" in picture.getbands() or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -106,14 +109,6 @@ def _decoded(path):
         raise RunError(
             f"{path}: cannot be decoded ({error}); repair or remove it, or leave such images out with --skip-broken"
         ) from None
-
-
-def _upright(image):
-    """A PIL image turned as its camera says."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # what cannot be read of the camera's notes does not spoil the image
-        return image
 
 
 def _eight_bit(image):
@@ -238,12 +233,12 @@ def _kind(entry):
     return "image" if ending in readable_endings() else printable(ending) or "without ending"
 
 
-def find_images(folder, passed_over, seen):
+def find_images(folder, passed_over):
     """The images at any depth below `folder`, each real folder once: relative paths. Raises RunError.
 
-    `passed_over`: see scan. `seen`: the real folders (device, inode) that are taken, a set.
+    `passed_over`: see scan.
     """
-    waiting, paths = [""], []
+    waiting, seen, paths = [""], {_identity(folder)}, []
     while waiting:
         place = waiting.pop()
         try:
@@ -256,13 +251,12 @@ def find_images(folder, passed_over, seen):
         if train and test:
             part = os.path.join(folder, place).rstrip("/")
             raise RunError(f"{part} has {train[0]} and {test[0]}, a data set of its own: give --data-folder {part}")
+        new = {identity: path for path, identity in reversed(inside) if identity not in seen}
+        seen.update(new)
+        waiting += new.values()
         paths += [os.path.join(place, name) for name in images]
-        for path, identity in inside:
-            if identity in seen:
-                passed_over["link to a known folder"] += 1
-            else:
-                seen.add(identity)
-                waiting.append(path)
+        passed_over["link to a known folder"] += len(inside) - len(new)
+        passed_over["empty folder"] += not (folders or images)
     return paths
 
 
@@ -293,33 +287,22 @@ def image_folder(folder, classes=()):
         raise RunError(f"{folder}: no such folder; expected {folder}/CLASS/* with images")
     if os.path.isfile(table := os.path.join(folder, "val_annotations.txt")):
         return annotated_folder(folder, table, classes)
-    passed_over, seen, members = Counter(), {_identity(folder)}, {}
-    folders, loose = scan(folder, passed_over)
-    if folders and loose:
-        say_once(f"{folder}: {printable(loose[0])} lies beside folders, so all images are taken without classes")
-    if loose or not folders:
-        passed_over.clear()
-        members[None] = sorted(find_images(folder, passed_over, seen))
-    else:
-        owners = {}
-        for name in folders:
-            owner = owners.setdefault(_identity(os.path.join(folder, name)), name)
-            if owner != name:
-                raise RunError(f"{folder}: the classes {owner} and {name} are the same folder; remove one")
-        seen.update(owners)
-        for name in folders:
-            paths = sorted(find_images(os.path.join(folder, name), passed_over, seen), key=os.path.split)
-            members.setdefault(printable(name), []).extend(os.path.join(name, path) for path in paths)
-        passed_over["without an image"] = sum(not paths for paths in members.values())
+    passed_over = Counter()
+    paths = find_images(folder, passed_over)
     say_passed_over(folder, passed_over)
-    members = {name: paths for name, paths in members.items() if paths}
-    if not members:
+    if not paths:
         raise RunError(f"{folder}: no images in it; known endings are {' '.join(sorted(readable_endings()))}")
-    paths = [path for paths in members.values() for path in paths]
-    if None in members:
-        return Files(folder, paths)
-    names = [*classes, *(name for name in members if name not in classes)]
-    return Files(folder, paths, np.repeat([*map(names.index, members)], [*map(len, members.values())]), names)
+    loose = [path for path in paths if os.sep not in path]
+    if loose:
+        if len(loose) < len(paths):
+            say_once(f"{folder}: {printable(min(loose))} lies beside folders, so all images are taken without classes")
+        return Files(folder, sorted(paths))
+    paths.sort(key=lambda path: (path.partition(os.sep)[0], *os.path.split(path)))
+    owners = [path.partition(os.sep)[0] for path in paths]  # the class of each image
+    shown = {owner: printable(owner) for owner in dict.fromkeys(owners)}
+    names = list(dict.fromkeys([*classes, *shown.values()]))
+    labels = {owner: names.index(name) for owner, name in shown.items()}
+    return Files(folder, paths, [labels[owner] for owner in owners], names)
 
 
 def annotated_folder(folder, table, classes):

@@ -111,10 +111,8 @@ CIFAR = {
 IMAGENET = {**CIFAR, "size": 224, "scale": 32, "num_parts": 64, "hidden_size": 16}
 
 
-@pytest.mark.parametrize(
-    "options", [CIFAR, IMAGENET, {**CIFAR, "arch": "vae"}, {**CIFAR, "encoder_arch": "pyramid"}],
-    ids=["CIFAR", "ImageNet", "beta-VAE", "pyramid"],
-)
+@pytest.mark.parametrize("options", [CIFAR, IMAGENET, {**CIFAR, "arch": "vae"}, {**CIFAR, "encoder_arch": "pyramid"}],
+                         ids=["CIFAR", "ImageNet", "beta-VAE", "pyramid"])
 def test_initial_weights_are_the_authors(options):
     torch.manual_seed(0)
     model, seen = modules.build_model(options), set()

@@ -59,9 +59,7 @@ def deep(tmp_path_factory):
 def judged(tmp_path_factory, finished):
     """A finished classifier on the frozen encoder: its folder and its results."""
     folder = tmp_path_factory.mktemp("judged")
-    return folder, train(
-        folder, "--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--freeze", -1, "--lr", 0.01
-    )
+    return folder, train(folder, "--pretrained", finished[0], "--freeze", -1, "--lr", 0.01)
 
 
 # ------------------------------------------------------------------------------------------------ freezing
@@ -215,21 +213,20 @@ def test_the_linear_probe_learns_classes_of_few_images(images):
         assert (scores.numpy().argmax(1) == np.arange(20)).all()
 
 
-@pytest.mark.parametrize("more", [[], ["--no-floor"], ["--random-init"]], ids=str)
+@pytest.mark.parametrize("more", ["--linear", "--no-floor", "--random-init"])
 def test_probes_take_the_architecture_from_the_file_and_stand_beside_floors(more, finished, tmp_path, capsys):
     options = ["--pretrained", finished[0], "--label-fraction", 0.1, "--knn"]
-    results = train(tmp_path, *options, "--linear", *more)
+    results = train(tmp_path, *options, more)
     saved, shown = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
     commonest = 100 * np.bincount(datasets.open_split("digits", None, "test", 32).labels).max() / 360
-    for name in ("linear", "knn"):
+    for name in ["linear"] * (more == "--linear") + ["knn"]:
         floors = results[name]["floors"]
         assert saved[name]["floors"] == floors and floors["commonest_class"] == pytest.approx(commonest)
-        assert set(floors) == {"commonest_class", *["random_weights"] * (not more)}
+        assert set(floors) == {"commonest_class", *["random_weights"] * (more == "--linear")}
         assert results[name]["top1"] > 50  # ten classes
         assert f"{name}  top-1 {results[name]['top1']:.2f}" in shown
-    ends = ", random weights " if not more else ")"
-    assert f"(floors: commonest class {commonest:.2f}{ends}" in shown
-    if not more:
+    assert f"(floors: commonest class {commonest:.2f}{', random weights ' if more == '--linear' else ')'}" in shown
+    if more == "--linear":
         random = train(tmp_path / "random", *options, "--random-init")
         assert random["knn"]["top1"] == results["knn"]["floors"]["random_weights"]
 
@@ -240,7 +237,7 @@ def test_a_probe_reads_the_features_where_freezing_ends(finished, tmp_path, monk
     seen = {}
     monkeypatch.setattr(features, "LARGEST", largest)
     monkeypatch.setattr(features, "neighbour_probe", lambda x, *rest: seen.update(x=x) or (torch.zeros(360, 10), {}))
-    train(tmp_path, "--arch", "patchy", "--pretrained", finished[0] / "model.pt", "--knn", "--no-floor", "--freeze", "conv1")
+    train(tmp_path, "--pretrained", finished[0], "--knn", "--no-floor", "--freeze", "conv1")
     model = training.load(finished[0] / "model.pt", training.MODEL)
     encoder = modules.build_model(model["options"]).eval().encoder
     encoder.load_state_dict({k[8:]: v for k, v in model["model"].items() if k.startswith("encoder.")})
