@@ -411,7 +411,7 @@ BAD_INPUT = [
     ("--arch resnet18 --start-epoch 2", 2, ["--start-epoch 2", "--epochs 2"]),
     ("--arch patchy --pretrained {place}/model.pt --num-parts 4", 2, ["--num-parts 4 (there: 16)"]),
     ("--arch vae --pretrained {place}/model.pt", 2, ["--arch vae (there: patchy)"]),
-    ("--arch patchy --pretrained {place}/judged/best.pt", 1, ["best.pt", "expected a model.pt of run.py", "classifier.py"]),
+    ("--arch patchy --pretrained {place}/judged/best.pt", 1, ["best.pt", "expected a model.pt of run.py"]),
     ("--arch patchy --pretrained {place}/none.pt", 1, ["none.pt", "no such file"]),
     ("--arch patchy --pretrained {place}/decoder.pt", 1, ["decoder.pt", "none of its encoder"]),
     ("--arch alexnet --pretrained {place}/model.pt", 1, ["model.pt", "--arch"]),

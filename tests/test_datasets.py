@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import numpy as np
@@ -73,17 +74,12 @@ def test_a_failed_download_says_where_to_put_the_files(name, tmp_path, monkeypat
     assert str(tmp_path) in message and "--dataset shapes" in message and "\n" not in message
 
 
-def test_imagenet_layout(tmp_path):
-    paint_classes(tmp_path / "train", images=3)
-    paint_classes(tmp_path / "val", images=2)
-    assert sizes("imagenet", tmp_path) == [6, 6, 4]
-
-
-def test_indoor_trains_without_labels_on_allminustest(tmp_path):
-    paint_classes(tmp_path / "allminustest", images=5)
-    paint_classes(tmp_path / "train", images=3)
-    paint_classes(tmp_path / "test", images=2)
-    assert sizes("indoor", tmp_path) == [10, 6, 4]
+@pytest.mark.parametrize("name, splits", [("imagenet", "train train val"), ("indoor", "allminustest train test")])
+def test_layouts_of_class_folders(name, splits, tmp_path):
+    for images, folder in zip((5, 3, 2), dict.fromkeys(splits.split())):
+        paint_classes(tmp_path / folder, images=images)
+    expected = [len(list((tmp_path / folder).glob("*/*"))) for folder in splits.split()]
+    assert sizes(name, tmp_path) == expected and set(expected) > {10}
 
 
 def test_miniimagenet_holds_out_a_fifth(tmp_path):
@@ -98,11 +94,6 @@ def test_every_class_is_trained_on(tmp_path, images, tested):
     paint_classes(tmp_path / "train", classes="abcdefghijklmnopqrstuvwxyz", images=images, side=(4, 4))
     train, test = (open_split("miniimagenet", tmp_path, split, 32) for split in ("train", "test"))
     assert set(train.labels) == set(range(26)) and len(test) == tested
-
-
-def test_two_images_are_enough_whatever_their_classes(tmp_path):
-    paint_classes(tmp_path, images=1)
-    assert sizes("folder", tmp_path) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("classes, images", [(2, 50), (26, 5)])
@@ -206,6 +197,9 @@ def test_the_usual_names_of_splits_in_any_case(names, tmp_path):
 
 
 def test_folder_takes_classes_or_images_alone(tmp_path, class_folder, said):
+    paint_classes(tmp_path / "two", images=1)
+    assert sizes("folder", tmp_path / "two") == [1, 1, 1]  # whatever their classes
+    shutil.rmtree(tmp_path / "two")
     assert sizes("folder", class_folder) == [9, 9, 3] and len(open_split("folder", class_folder, "all", 32)) == 12
     for number in range(7):
         paint(tmp_path / ("deep" if number > 4 else ".") / f"{number}.png", seed=number)
@@ -448,22 +442,16 @@ def test_pixels_are_resize_and_centre_crop(tmp_path):
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def test_training_order_shows_every_image_once_per_round_in_fresh_order():
-    order = TrainingOrder(np.arange(10), 4, seed=1, first_step=1, last_step=10)
-    seen = [index for batch in order for index in batch]
-    rounds = [seen[start : start + 10] for start in range(0, 40, 10)]
-    assert all(sorted(part) == list(range(10)) for part in rounds) and len({tuple(part) for part in rounds}) == 4
-
-
 def test_training_order_depends_on_seed_and_step_alone():
     whole, rest, other = (np.stack([*TrainingOrder(np.arange(100), 16, seed, first, 20)])
                           for seed, first in ((5, 1), (5, 8), (6, 1)))
     assert np.array_equal(rest, whole[7:]) and not np.array_equal(other, whole)
 
 
-def test_every_image_comes_once_in_each_round_whatever_the_batch():
-    rounds = np.concatenate([*TrainingOrder(np.arange(10), 25, 5, 1, 4)]).reshape(10, 10)
-    assert (np.sort(rounds) == np.arange(10)).all() and not (rounds[0] == rounds[1]).all()
+@pytest.mark.parametrize("batch_size, steps", [(4, 10), (25, 4)])
+def test_every_image_comes_once_in_each_round_in_fresh_order(batch_size, steps):
+    rounds = np.concatenate([*TrainingOrder(np.arange(10), batch_size, 5, 1, steps)])[:40].reshape(4, 10)
+    assert (np.sort(rounds) == np.arange(10)).all() and len({tuple(part) for part in rounds}) == 4
 
 
 @pytest.mark.parametrize("name", ["digits", "shapes", "folder"])
@@ -510,6 +498,13 @@ def test_a_stream_left_open_does_not_keep_the_process_from_its_end():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, timeout=60, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_workers_need_no_socket(tmp_path, class_folder, monkeypatch):
+    """Nor shared memory: a path of a socket may not be as long as TMPDIR."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 120)))
+    opened = Batches(open_split("folder", class_folder, "all", 32), Form(32, [0.5] * 3, [0.5] * 3), CPU, Loading(1))
+    assert sum(len(x) for x, _ in opened.in_order(5)) == 12
 
 
 def test_a_broken_image_is_named_also_from_a_worker(tmp_path):

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import glob
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -215,8 +214,8 @@ class Batches:
         """Decodes everything once, into the table. Returns which images cannot be decoded: N booleans."""
         broken, order = set(), slices(slice(0, len(self)), CHUNK)
         decode = functools.partial(self._decode, broken=broken)
-        for _ in tqdm(self.table.batches(order, decode) if self.table else decode(order), "check", len(order),
-                      leave=False, disable=None):
+        stream = self.table.batches(order, decode) if self.table else decode(order)
+        for _ in tqdm(stream, "check", len(order), leave=False, disable=None):
             pass
         return np.isin(self.rows, list(broken))
 
@@ -409,7 +408,7 @@ def _writing(path):
 def _read(file, rows):
     """The pixels (mapped into memory) and the broken rows of a cache file; None where it is absent or damaged."""
     try:
-        pixels, broken = np.load(file, mmap_mode="c"), np.load(f"{file}.broken")
+        pixels, broken = np.load(file, mmap_mode="c"), np.fromfile(f"{file}.broken", bool)
         return (pixels, broken) if len(pixels) == len(broken) == rows else None
     except (OSError, ValueError, EOFError):
         return None
@@ -433,13 +432,9 @@ def _build(file, path, shape, decode, skip_broken):
         for pixels in tqdm(decode(order, broken), "decode", len(order), leave=False, disable=None):
             opened.write(pixels.numpy())
 
-    def fill_broken(opened):
-        content = io.BytesIO()
-        np.save(content, np.isin(np.arange(shape[0]), list(broken or ())))
-        opened.write(content.getbuffer())
-
     runtime.write(file, fill)
-    runtime.write(f"{file}.broken", fill_broken)
+    is_broken = np.isin(np.arange(shape[0]), list(broken or ()))
+    runtime.write(f"{file}.broken", lambda opened: opened.write(is_broken.tobytes()))
     return _read(file, shape[0])
 
 
