@@ -24,7 +24,7 @@ import torchvision
 from PIL import Image, ImageOps, PngImagePlugin
 
 from utils import shapes
-from utils.runtime import RunError, explain, read_lines
+from utils.runtime import RunError, explain, printable, read_lines
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLACES = 205  # classes of Places205
@@ -87,6 +87,8 @@ def read_image(path):
 
 
 def _decoded(path):
+    if not os.path.isfile(path):  # a pipe would never end
+        raise RunError(f"{path}: the image is not there (any more); restore it and start again")
     try:
         with Image.open(path) as image:
             picture = _eight_bit(image)
@@ -98,8 +100,6 @@ def _decoded(path):
             return picture.convert("RGB")
     except MemoryError:
         raise
-    except FileNotFoundError:
-        raise RunError(f"{path}: the image is not there (any more); restore it and start again") from None
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
         raise RunError(f"{path}: has more than {limit:.0f} megapixels; scale it down, or use --skip-broken") from None
@@ -186,12 +186,6 @@ class Drawings:
 
 def _label_array(labels):
     return None if labels is None else np.asarray(labels, dtype=np.int64)
-
-
-def printable(name):
-    """A file's name as a line of text: bytes that are none are escaped, and so is what would break the line."""
-    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 # ---------------------------------------------------------------------------------------------------- folders

@@ -377,7 +377,8 @@ def choose(class_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("wanted, room, chosen", [
     ("auto", (4, 0, 0), "device"), ("auto", (3.9, 2, 0), "ram"), ("auto", (None, 2, 0), "ram"),
     ("auto", (None, 1.9, 1), "disk"), ("auto", (3.9, 1.9, 0.9), "none"), ("device", (1, 0, 0), "device"),
-    ("device", (None, 1, 0), "ram"), ("ram", (4, 1, 0), "ram"), ("disk", (4, 2, 0), "disk"), ("none", (4, 2, 1), "none"),
+    ("device", (None, 1, 0), "ram"), ("ram", (4, 1, 0), "ram"), ("disk", (4, 2, 0), "disk"),
+    ("none", (4, 2, 1), "none"),
 ])
 def test_the_choice_follows_the_free_room(wanted, room, chosen, choose, capsys):
     assert choose(wanted, *(part and NEEDED * part for part in room))[0] == chosen

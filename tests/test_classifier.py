@@ -317,11 +317,12 @@ def test_a_class_of_any_name_is_reported_where_there_are_no_links(tmp_path, monk
 
 @pytest.mark.parametrize("test, fits", [(("ant", "bee"), True), (("ant",), True), (("ant", "cow"), False), ((), False)])
 def test_run_recommends_a_classifier_only_where_it_works(test, fits, tmp_path, capsys):
-    paint_classes(tmp_path / "train", images=4)
-    paint_classes(tmp_path / "val", test, images=2)
+    data = tmp_path / os.fsdecode(b"caf\xe9")  # no text, and yet no reason to fail
+    paint_classes(data / "train", images=4)
+    paint_classes(data / "val", test, images=2)
     if not test:
-        paint(tmp_path / "val/0.jpg")
-    run.main(["--dataset", "folder", "--data-folder", str(tmp_path), "--size", "32", *TINY, "--img-per-epoch", "8",
+        paint(data / "val/0.jpg")
+    run.main(["--dataset", "folder", "--data-folder", str(data), "--size", "32", *TINY, "--img-per-epoch", "8",
               "--batch-size", "4", "--output-folder", str(tmp_path / "out")])
     assert ("python classifier.py" in capsys.readouterr().out) == fits
 
@@ -422,6 +423,7 @@ BAD_INPUT = [
     ("--resume --output-folder {place}/empty", 1, ["empty", "no checkpoint", "--overwrite"]),
     ("--pretrained {place}/nan.pt --linear", 1, ["nan.pt", "no numbers", "--lr"]),
     ("--pretrained {place}/empty --linear", 1, ["empty/model.pt", "no such file"]),
+    ("--output-folder caf\udce9", 2, ["--output-folder 'caf\\udce9'", "no plain text"]),
     ("--epoch 3", 2, ["--epoch", "--epochs"]),
     ("--evaluate", 1, ["best.pt", "no such file"]),
     ("--arch resnet18 --dataset folder --data-folder {place}/flat", 1, ["flat", "train/CLASS/*"]),

@@ -74,12 +74,13 @@ def test_a_failed_download_says_where_to_put_the_files(name, tmp_path, monkeypat
     assert str(tmp_path) in message and "--dataset shapes" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("name, splits", [("imagenet", "train train val"), ("indoor", "allminustest train test")])
-def test_layouts_of_class_folders(name, splits, tmp_path):
-    for images, folder in zip((5, 3, 2), dict.fromkeys(splits.split())):
+@pytest.mark.parametrize("name, folders, expected", [
+    ("imagenet", "train val", [10, 10, 6]), ("indoor", "allminustest train test", [10, 6, 4]),
+])
+def test_layouts_of_class_folders(name, folders, expected, tmp_path):
+    for images, folder in zip((5, 3, 2), folders.split()):
         paint_classes(tmp_path / folder, images=images)
-    expected = [len(list((tmp_path / folder).glob("*/*"))) for folder in splits.split()]
-    assert sizes(name, tmp_path) == expected and set(expected) > {10}
+    assert sizes(name, tmp_path) == expected
 
 
 def test_miniimagenet_holds_out_a_fifth(tmp_path):
@@ -384,10 +385,13 @@ def test_photographs_stand_upright(tmp_path):
     (b"", "cannot be decoded"),
     (b"\xff\xd8 no jpeg", "cannot be decoded.*repair or remove.*--skip-broken"),
     (None, "is not there"),
+    ("pipe", "is not there"),
     (b"P6 20000 10000 255\n", "more than 179 megapixels; scale it down"),
 ])
 def test_what_is_no_image_is_said_with_its_remedy(content, words, tmp_path):
-    if content is not None:
+    if content == "pipe":
+        os.mkfifo(tmp_path / "x.jpg")
+    elif content is not None:
         (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(RunError, match=f"x.jpg: .*{words}") as caught:
         datasets.read_image(tmp_path / "x.jpg")

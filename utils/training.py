@@ -135,6 +135,8 @@ def check_folder(folder, contents, kept, overwrite=False, keep=False):
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-folder {folder} is a file; give the name of a folder")
+    if not os.fspath(folder).isprintable():  # TensorBoard could not write there
+        raise UsageError(f"--output-folder {ascii(os.fspath(folder))} is no plain text; choose another name")
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(above, os.W_OK):
         raise RunError(f"--output-folder {folder}: {above} may not be written to; choose another folder")
@@ -454,8 +456,9 @@ class Run:
         """The best figures as the last record, and with the options among TensorBoard's hparams."""
         self.event("end", **self.best)
         if runtime.is_main():
-            plain = {name: "" if value is None else value for name, value in vars(self.settings).items()}
-            plain.pop("typed")
+            plain = {name: value for name, value in vars(self.settings).items() if name != "typed"}
+            plain = {name: value if isinstance(value, (int, float)) else runtime.printable(value or "")
+                     for name, value in plain.items()}
             figures = {f"result/{name}": value for name, value in self.best.items()}
             for summary in hparams(plain, figures):  # three records; add_hparams would open a folder of its own
                 self.board.file_writer.add_summary(summary)
