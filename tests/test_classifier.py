@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -322,6 +323,7 @@ def test_run_recommends_a_classifier_only_where_it_works(test, fits, tmp_path, c
     paint_classes(data / "val", test, images=2)
     if not test:
         paint(data / "val/0.jpg")
+    sys.stdout.reconfigure(errors="backslashreplace")  # as runtime.start does
     run.main(["--dataset", "folder", "--data-folder", str(data), "--size", "32", *TINY, "--img-per-epoch", "8",
               "--batch-size", "4", "--output-folder", str(tmp_path / "out")])
     assert ("python classifier.py" in capsys.readouterr().out) == fits

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -249,7 +250,11 @@ class Batches:
                     broken.update(errors)
                 yield torch.from_numpy(pixels)
         except OSError as error:
-            raise RunError(f"no data-loading processes ({runtime.explain(error)}): use --workers 0") from None
+            sys.unraisablehook = lambda _: None  # torch's half-made loader would complain of itself when it goes
+            raise RunError(
+                f"no data-loading processes ({error.strerror or error}): use --workers 0, or raise `ulimit -n` and the "
+                "size of /dev/shm"
+            ) from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
