@@ -1,13 +1,16 @@
 """Bad input: one line on stderr that names the culprit and the remedy, the right exit status, nothing lost."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY, call, paint, paint_classes
+from conftest import ROOT, TINY, paint, paint_classes
 
 import run
-from utils import checkpoints, console
+from utils import runtime, training
 
 MODEL_OPTIONS = ["--dataset", "digits", *TINY]
 
@@ -17,18 +20,24 @@ def place(tmp_path_factory, finished):
     """A folder with everything that can be wrong in it."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(finished[0], place / "finished")
-    content = checkpoints.load(place / "finished/model.pt", checkpoints.MODEL)
+    content = training.load(place / "finished/model.pt", training.MODEL)
     torch.save({**content, "kind": "another"}, place / "other.pt")
     torch.save({**content, "kind": "patchvae-model"}, place / "older.pt")
+    weights = {name: value * float("nan") if value.is_floating_point() else value
+               for name, value in content["model"].items()}
+    torch.save({**content, "model": weights}, place / "nan.pt")
     torch.save(torch.zeros(3), place / "tensor.pt")
     (place / "garbage.pt").write_bytes(b"no archive at all")
     whole = (place / "finished/model.pt").read_bytes()
     (place / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (place / "a_file").write_text("text")
     (place / "empty").mkdir()
-    paint(place / "mine" / "images" / "holiday.png")
+    for name in ("mine", "other"):
+        paint(place / name / "images" / "holiday.png")
+    (place / "other" / "args.json").write_text('{"model": "gan"}')  # another program's
     paint(place / "single" / "one.png")
-    paint_classes(place / "broken", images=4)
+    for name in ("whole", "broken"):
+        paint_classes(place / name, images=4)
     (place / "broken/ant/2.jpg").write_bytes(b"GIF89a but not really")
     (place / "broken/bee/1.jpg").write_bytes((place / "broken/bee/0.jpg").read_bytes()[:400])
     (place / "no_images/ant").mkdir(parents=True)
@@ -38,94 +47,102 @@ def place(tmp_path_factory, finished):
     return place
 
 
-# options, exit status, what the line must say
-BAD_INPUT = [
-    ("--dataset nothing", 2, ["--dataset", "nothing", "shapes"]),
-    ("--nonsense 3", 2, ["--nonsense"]),
-    ("--data-fol x", 2, ["--data-fol"]),
-    ("--num-parts 0", 2, ["--num-parts", "'0'", "1 or more"]),
-    ("--hidden-size -3", 2, ["--hidden-size"]),
-    ("--hidden-size 2.5", 2, ["--hidden-size", "whole number"]),
-    ("--batch-size zero", 2, ["--batch-size", "'zero'"]),
-    ("--lr 0", 2, ["--lr", "above 0"]),
-    ("--lr nan", 2, ["--lr", "'nan'"]),
-    ("--beta-v -1", 2, ["--beta-v", "0 or more"]),
-    ("--temp inf", 2, ["--temp"]),
-    ("--temp 0.05", 2, ["--min-temp", "--temp"]),
-    ("--py 0", 2, ["--py", "above 0"]),
-    ("--py 1", 2, ["--py", "below 1"]),
-    ("--num-parts 1", 2, ["single part", "--py 0.5"]),
-    ("--seed -1", 2, ["--seed"]),
-    ("--seed 4294967296", 2, ["--seed", "at most 4294967295"]),
-    ("--num-epochs 0", 2, ["--num-epochs"]),
-    ("--workers -1", 2, ["--workers"]),
-    ("--arch unet", 2, ["--arch", "patchy"]),
-    ("--encoder-arch vgg", 2, ["--encoder-arch", "resnet"]),
-    ("--recon-mask all", 2, ["--recon-mask", "edge"]),
-    ("--target edges --recon-mask edge", 2, ["--target edges", "--recon-mask"]),
-    ("--scale 7", 2, ["--scale 7", "4, 8, 16 or 32"]),
-    ("--scale 64", 2, ["--scale 64"]),
-    ("--encoder-arch resnet50 --scale 8", 2, ["--scale 8", "resnet50", "32"]),
-    ("--size 36", 2, ["--size 36", "--scale 8", "--size 32"]),
-    ("--size 0", 2, ["--size"]),
-    ("--size 32 --scale 32 --batch-size 1", 2, ["--batch-size 1"]),
-    ("--independent --num-parts 10", 2, ["--independent", "--ngf"]),
-    ("--arch vae --hard", 2, ["--hard", "--arch vae"]),
-    ("--arch vae --py 0.1", 2, ["--py", "--arch vae"]),
-    ("--output-folder {place}/finished", 2, ["already holds a run", "--overwrite"]),
-    ("--output-folder {place}/finished --overwrite --pretrained {place}/./finished/model.pt", 2, ["--overwrite would"]),
-    ("--output-folder {place}/finished --overwrite --resume", 2, ["--overwrite", "--resume"]),
-    ("--resume {place}/finished --output-folder {place}/empty", 2, ["--resume", "own folder"]),
-    ("--resume --output-folder {place}/empty", 1, ["no checkpoint", "--overwrite"]),
-    ("--output-folder {place}/mine --overwrite", 2, ["mine holds images", "no run made"]),
-    ("--output-folder {place}/a_file", 2, ["--output-folder", "is a file"]),
-    ("--output-folder {place}/a_file/below", 1, ["a_file"]),
-    ("--output-folder /proc/nowhere", 1, ["/proc/nowhere"]),
-    ("--pretrained {place}/none.pt", 1, ["none.pt", "no such file"]),
-    ("--pretrained {place}/garbage.pt", 1, ["garbage.pt", "damaged"]),
-    ("--pretrained {place}/cut.pt", 1, ["cut.pt", "damaged"]),
-    ("--pretrained {place}/other.pt", 1, ["other.pt", "expected a model.pt of run.py"]),
-    ("--pretrained {place}/older.pt", 1, ["older.pt", "earlier version", "train it again"]),
-    ("--pretrained {place}/tensor.pt", 1, ["tensor.pt", "expected a model.pt of run.py"]),
-    ("--pretrained {place}/finished/model.pt --num-parts 5 --hard", 2, ["--num-parts 5 (file: 16)", "--hard"]),
-    ("--dataset shapes --pretrained {place}/finished/model.pt", 1, ["channels", "--dataset shapes"]),
-    ("--evaluate --output-folder {place}/empty", 1, ["model.pt", "train a model first"]),
-    ("--dataset folder --data-folder {place}/none", 1, ["none", "--data-folder"]),
-    ("--dataset folder --data-folder {place}/a_file", 1, ["a_file"]),
-    ("--dataset folder --data-folder {place}/empty", 1, ["empty", "no images"]),
-    ("--dataset folder --data-folder {place}/no_images", 1, ["no_images", "ant"]),
-    ("--dataset folder --data-folder {place}/single", 1, ["single", "two or more"]),
-    ("--dataset folder --data-folder {place}/broken", 1, ["cannot be decoded"]),
-    ("--dataset folder --data-folder {place}/broken --output-folder {place}/finished", 2, ["already holds a run"]),
-    ("--dataset imagenet --data-folder {place}/empty", 1, ["empty/train", "CLASS"]),
-    ("--dataset indoor --data-folder {place}/empty", 1, ["allminustest", "CLASS"]),
-    ("--dataset miniimagenet --data-folder {place}/empty", 1, ["empty/train"]),
-    ("--dataset places205 --data-folder {place}/empty", 1, ["train_places205.csv"]),
-    ("--dataset places205 --data-folder {place}/places", 1, ["line 2", "path label"]),
-    ("--lr 1e30", 1, ["--lr", "finite"]),
-]
-
-
-@pytest.mark.parametrize("options, status, words", BAD_INPUT, ids=[row[0] for row in BAD_INPUT])
-def test_bad_input_is_one_line(options, status, words, place, tmp_path, line_of_error):
-    arguments = ["--output-folder", str(tmp_path / "out"), *MODEL_OPTIONS, *options.format(place=place).split()]
-    before = contents(place / "finished")
-    found, line = line_of_error(run.main, arguments)
-    assert found == status
-    assert all(word in line for word in words), line
-    assert contents(place / "finished") == before
+# Options, by exit status: and what the line must say. The places are those of the fixture `place`.
+WRONG = {2: (
+    "--dataset nothing: --dataset, shapes", "--nonsense 3: --nonsense", "--data-fol x: did you mean --data-folder?",
+    "--num-epoch 3: did you mean --num-epochs?", "--num-epoch=3: did you mean --num-epochs?", "--output-folder=: empty",
+    "--num-parts 0: --num-parts, '0', 1 or more", "--hidden-size -3: --hidden-size", "--pretrained=: empty",
+    "--hidden-size 2.5: --hidden-size, whole number", "--batch-size zero: --batch-size, 'zero'", "--lr 0: above 0",
+    "--lr nan: --lr, 'nan'", "--beta-v -1: --beta-v, 0 or more", "--temp inf: --temp", "--temp 0.05: --min-temp",
+    "--py 0: --py, above 0", "--py 1: --py, below 1", "--num-parts 1: single part, --py 0.5", "--seed -1: --seed",
+    "--seed 4294967296: at most 4294967295", "--num-epochs 0: --num-epochs", "--workers -1: --workers",
+    "--arch unet: --arch, patchy", "--encoder-arch vgg: resnet", "--recon-mask all: edge", "--size 0: --size",
+    "--target edges --recon-mask edge: --target edges, --recon-mask", "--scale 7: --scale 7, 4, 8, 16 or 32",
+    "--scale 64: --scale 64", "--encoder-arch resnet50 --scale 8: --scale 8, resnet50, 32",
+    "--size 36: --size 36, --scale 8, --size 32", "--size 32 --scale 32 --batch-size 1: --batch-size 1",
+    "--independent --num-parts 10: --independent, --ngf", "--arch vae --hard: --hard, --arch vae",
+    "--arch vae --py 0.1: --py, --arch vae", "--output-folder finished: already holds a run, --overwrite",
+    "--output-folder finished --overwrite --pretrained ./finished/model.pt: --overwrite would",
+    "--output-folder finished --overwrite --resume: --overwrite, --resume", "--output-folder a_file: is a file",
+    "--resume finished --output-folder empty: --resume, own folder", "--output-folder mine: mine holds images, no run",
+    "--output-folder mine --overwrite: mine holds images, no run made", "--output-folder other: other holds, no run",
+    "--resume --output-folder finished --lr 0.3 --hard: --lr 0.3 (there: 0.0001), --hard",
+    "--pretrained finished --num-parts 5 --hard: --num-parts 5 (there: 16), --hard",
+    "--dataset folder --data-folder broken --output-folder finished: already holds a run",
+), 1: (
+    "--resume --output-folder empty: no checkpoint, --overwrite", "--output-folder a_file/below: a_file",
+    "--output-folder /proc/nowhere: /proc/nowhere", "--pretrained none.pt: none.pt, no such file",
+    "--pretrained empty: empty/model.pt, no such file", "--pretrained garbage.pt: garbage.pt, damaged",
+    "--pretrained cut.pt: cut.pt, damaged", "--pretrained other.pt: other.pt, expected a model.pt of run.py",
+    "--pretrained older.pt: older.pt, earlier version, train it again", "--pretrained nan.pt: no numbers, smaller --lr",
+    "--pretrained tensor.pt: tensor.pt, expected a model.pt of run.py", "--lr 1e30: --lr, finite",
+    "--dataset shapes --pretrained finished/model.pt: channels, --dataset shapes",
+    "--evaluate --output-folder empty: model.pt, train a model first",
+    "--dataset folder --data-folder none: none, --data-folder", "--dataset places205 --data-folder places: line 2",
+    "--dataset folder --data-folder a_file: a_file",
+    "--dataset folder --data-folder empty: empty, no images", "--dataset folder --data-folder single: two or more",
+    "--dataset folder --data-folder no_images: no_images, ant", "--dataset indoor --data-folder empty: allminustest",
+    "--dataset folder --data-folder broken: cannot be decoded, --skip-broken",
+    "--dataset cifar100 --data-folder broken: holds images, add --dataset folder",
+    "--dataset imagenet --data-folder empty: empty/train, CLASS", "--dataset miniimagenet --data-folder empty: /train",
+    "--dataset places205 --data-folder empty: train_places205.csv",
+)}
 
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
+@pytest.mark.parametrize("status, row", [(status, row) for status, rows in WRONG.items() for row in rows])
+def test_bad_input_is_one_line(status, row, place, tmp_path, line_of_error, monkeypatch):
+    monkeypatch.chdir(place)
+    options, words = row.split(": ", 1)
+    before = {name: contents(place / name) for name in ("finished", "mine", "other")}
+    found, line = line_of_error(run.main, ["--output-folder", str(tmp_path / "out"), *MODEL_OPTIONS, *options.split()])
+    assert found == status
+    assert all(word in line for word in words.split(", ")), line
+    assert {name: contents(place / name) for name in before} == before
+
+
+MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+JOBS = [  # variables of a job that is none
+    {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"},
+    {"RANK": "2", "WORLD_SIZE": "2", **MEETING}, {"RANK": "first", "WORLD_SIZE": "2", **MEETING},
+    {"RANK": "0", "WORLD_SIZE": "2", **MEETING, "MASTER_PORT": "none"},
+]
+
+
+@pytest.mark.parametrize("variables", JOBS, ids=map(str, JOBS))
+def test_variables_of_another_job_are_one_line(variables, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left:
+        runtime.start(run.main)
+    line = capsys.readouterr().err
+    assert left.value.code == 2 and line.count("\n") == 1 and "torchrun" in line and "unset" in line
+
+
 def test_the_real_process_behaves_alike(place):
-    done = call("run.py", "--num-parts", "0")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("run.py: error:")
-    done = call("run.py", *MODEL_OPTIONS, "--dataset", "folder", "--data-folder", place / "broken", "--workers", "2",
-                "--output-folder", place / "new")  # fmt: skip
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot be decoded" in done.stderr
+    folder = [*MODEL_OPTIONS, "--dataset", "folder", "--size", "32", "--workers", "2", "--output-folder", place / "new"]
+    for few, status, words, options in (
+        (9999, 2, "--num-parts", ["--num-parts", "0"]),
+        (9999, 1, "cannot be decoded", [*folder, "--data-folder", place / "broken"]),
+        (24, 1, "raise `ulimit -n`", [*folder, "--data-folder", place / "whole"]),
+    ):
+        command = ["sh", "-c", f'ulimit -n {few}; exec "$@"', "sh", sys.executable, ROOT / "run.py", *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == status and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("run.py: error:") and words in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_images_are_opened(tmp_path, monkeypatch, line_of_error):
+    monkeypatch.setattr(run, "open_split", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for folder in (tmp_path, tmp_path / "new" / "run"):
+        status, line = line_of_error(run.main, [*MODEL_OPTIONS, "--output-folder", str(folder)])
+        assert status == 1 and f"{tmp_path} may not be written to; choose another" in line
 
 
 def test_a_bug_of_ours_keeps_its_traceback():
@@ -133,4 +150,4 @@ def test_a_bug_of_ours_keeps_its_traceback():
         raise KeyError("ours")
 
     with pytest.raises(KeyError):
-        console.run(buggy)
+        runtime.start(buggy)

@@ -1,4 +1,4 @@
-"""utils/benchmark.py measures everything it promises, of two variants that compute the same."""
+"""utils/benchmark.py measures all that it promises, of two loops that compute the same; precision and compiling."""
 
 import json
 import math
@@ -6,73 +6,40 @@ import math
 import pytest
 import torch
 import torch._inductor.exc
+from conftest import ROOT
 
 import run
-from utils import benchmark, checkpoints, console, runtime, variants
+from utils import benchmark, runtime, training
+from utils.runtime import UsageError
 
-CPU = torch.device("cpu")
+CPU, TINY = torch.device("cpu"), benchmark.TINY.split()
+DIGITS = ["--dataset", "digits", "--ngf", "8", "--encoder-arch", "pyramid", "--img-per-epoch", "16", "--workers", "0"]
+DIGITS += ["--batch-size", "8", "--num-epochs", "1", "--output-folder"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def data(tmp_path_factory):
+    """Options that name a folder of small images."""
     folder = tmp_path_factory.mktemp("files")
-    benchmark.write_images(folder, variants.QUICK[False])
-    return folder
+    benchmark.write_images(folder, 64, 24, 20)
+    return ["--dataset", "folder", "--data-folder", str(folder), "--batch-size", "8", "--no-cuda"]
 
 
-def test_every_figure_is_there_and_finite(tmp_path, capsys, monkeypatch):
+def test_every_figure_is_there_and_finite(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "in_own_process", lambda function, *arguments: function(*arguments))
-    path = tmp_path / "figures.json"
-    options = ["--quick", "--no-cuda", "--rounds", "1", "--steps", "1", "--settings", "cifar"]
-    found = benchmark.main([*options, "--output", str(path)])
-    assert json.loads(path.read_text()) == found and [path] == list(tmp_path.iterdir())
-    for figures in found["settings"].values():
-        assert figures["speed_up"] > 0 and figures["speed_up_step"] > 0
-        for variant in variants.VARIANTS:
-            waiting = figures[variant].pop("waiting")
-            assert 0 <= waiting < 1 and all(0 < value < math.inf for value in figures[variant].values())
-            assert len(figures[variant]) == 5
-    assert found["start_up"]["shapes"] > 0
-    assert capsys.readouterr().out.count("peak memory") == 1
-
-
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 3e-2)])
-def test_both_variants_compute_the_same_losses(folder, precision, tolerance):
-    setting = variants.QUICK[False].plus(f"--precision {precision}")
-    plain, ours = (kind(setting, folder, CPU) for kind in (variants.Plain, variants.Ours))
-    x, labels = next(ours.batches(1))
-    for _ in range(3):  # the weights that follow are the same, too
-        expected = plain.step(x, labels)
-        ours.step(x, labels)
-        assert ours.progress.close_window()[0]["total"] == pytest.approx(expected, rel=tolerance)
-    is_same = all(map(torch.equal, plain.model.state_dict().values(), ours.model.state_dict().values()))
-    assert plain.model.state_dict().keys() == ours.model.state_dict().keys() and not is_same
-
-
-def test_the_plain_loop_reads_every_batch_that_it_is_asked_for(folder):
-    plain = variants.Plain(variants.QUICK[False], folder, CPU)
-    for steps in (3, 1):
-        batches = list(plain.batches(steps))
-        assert len(batches) == steps and batches[0][0].shape == (8, 3, 16, 16)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "head"])
-def test_the_classifiers_compute_the_same_losses(name, folder):
-    small = variants.SETTINGS[name].plus("--size 32 --batch-size 8 --precision fp32 --workers 0")
-    plain, ours = (kind(small, folder, CPU) for kind in (variants.Plain, variants.Ours))
-    for head in (plain.model.head, ours.model[:] if name == "head" else ours.model.head):
-        head[0].p = 0.0  # each draws its own dropout
-    x, labels = next(plain.batches(1))
-    seen = plain.model.features(x).detach() if name == "head" else x
-    expected = plain.step(x, labels)
-    ours.step(seen, labels)
-    assert ours.progress.close_window()[0]["loss"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_cost_is_measured_against_work(folder, monkeypatch):
     monkeypatch.setattr(benchmark, "CURVES", {"num-parts": (4, 16)})
-    monkeypatch.setattr(benchmark, "in_own_process", lambda function, *arguments: function(*arguments))
-    small, large = benchmark.curves(variants.QUICK[False], folder, CPU, 1)["num-parts"].values()
+    path, before = tmp_path / "figures.json", json.loads((ROOT / "imgs/benchmark.json").read_text())
+    quick = ["--quick", "--no-cuda", "--rounds", "1", "--steps", "1", "--settings", "cifar", "head", "--curves"]
+    found = benchmark.main([*quick, "--output", str(path)])
+    assert json.loads(path.read_text()) == found and list(tmp_path.iterdir()) == [path]
+    assert found.keys() == before.keys() and found["start_up"]["shapes"] > 0
+    for name in ("cifar", "head"):
+        figures, earlier = found["settings"][name], before["settings"][name]
+        assert figures.keys() == earlier.keys() and figures["speed_up"] > 0 and figures["speed_up_step"] > 0
+        for loop in ("plain", "ours"):
+            assert figures[loop].keys() == earlier[loop].keys() and 0 <= figures[loop].pop("waiting") < 1
+            assert all(0 < value < math.inf for value in figures[loop].values())
+    small, large = found["curves"]["num-parts"].values()
     latents, hidden = 6 * (16 - 4), 8 * 2  # more latents; width of the decoder's first layer
     heads = 9 * 16 * (2 * latents + 16 - 4)  # both of the appearance, and the occurrence: 3×3, from 16 channels
     more = 4 * 4 * (heads + latents * hidden)  # on 4×4 cells
@@ -80,95 +47,95 @@ def test_cost_is_measured_against_work(folder, monkeypatch):
     assert small["seconds_per_image"] > 0 and small["peak_memory"] > 2**20
 
 
-def test_flops_are_those_of_the_layers(folder):
-    variant = variants.Plain(variants.QUICK[True], folder, CPU)
-    x, labels = next(variant.batches(1))
-    head = 2 * (16 * 4 * 4 * 512 + 512 * 2)  # forward: multiplications and additions of its two layers
-    encoder = 2 * (8 * 8 * 8 * 3 * 16 + 4 * 4 * 16 * 8 * 16)
-    backward = 2 * head - 2 * 16 * 4 * 4 * 512  # of the weights, and of all inputs but the frozen features
-    assert benchmark.flops_per_image(variant, (x, labels)) == encoder + head + backward
+@pytest.mark.parametrize("script, typed, tolerance", [
+    ("run", f"{benchmark.TINY} --precision fp32", 1e-5), ("run", f"{benchmark.TINY} --precision bf16", 3e-2),
+    ("classifier", "--arch resnet18 --size 32 --precision fp32 --workers 0", 1e-4),
+    ("classifier", f"{benchmark.HEAD} --size 32 --precision fp32 --workers 0", 1e-4),
+])
+def test_both_loops_compute_the_same_losses(script, typed, tolerance, data):
+    plain, ours = (benchmark.open_loop(name, script, [*data, *typed.split()]) for name in ("plain", "ours"))
+    for number in (3, 1):
+        found = list(plain.batches(number))
+        assert len(found) == number and len(found[0][0]) == 8  # a batch
+    x, labels = found[0]
+    seen, steps, losses = x, 3, []
+    if script == "classifier":
+        plain.model.head[0].p = ours.model.head[0].p = 0.0  # each draws its own dropout
+        seen, steps = (plain.model.features(x).detach() if plain.model.only_head_trains else x), 1
+    for step in range(steps):  # the weights that follow are the same, too
+        runtime.seed_step(1, step + 1, CPU)  # as ours does itself
+        losses.append(plain.step(x, labels))
+        terms = ours.step(seen, labels)
+        assert terms["total" if script == "run" else "loss"].mean().item() == pytest.approx(losses[-1], rel=tolerance)
+    assert len(set(losses)) == steps
 
 
-def test_a_setting_that_there_is_not_is_refused():
-    with pytest.raises(console.UsageError, match="nowhere"):
-        benchmark.main(["--settings", "nowhere"])
+@pytest.mark.parametrize("typed, words", [("--settings nowhere", "nowhere"), ("--settings head --curves", "add cifar")])
+def test_what_cannot_be_measured_is_refused(typed, words):
+    with pytest.raises(UsageError, match=words):
+        benchmark.main(typed.split())
 
 
-# ---------------------------------------------------------------------------------------------------- precision
+@pytest.mark.parametrize("has, expected", [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")])
+def test_auto_takes_what_the_machine_has_in_hardware(has, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True}, raising=False)
+    assert runtime.choose_precision("auto", CPU) == expected
+    assert runtime.choose_precision("fp32", CPU) == "fp32"
 
 
-def test_auto_takes_what_the_machine_has_in_hardware(monkeypatch):
-    for has, expected in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
-        assert runtime.choose_precision("auto", CPU) == expected
-        assert runtime.choose_precision("fp32", CPU) == "fp32"
-
-
-def test_weights_latents_and_reconstruction_stay_float32_under_bf16(folder):
-    ours = variants.Ours(variants.QUICK[False].plus("--precision bf16"), folder, CPU)
+def test_weights_latents_and_reconstruction_stay_float32_under_bf16(data):
+    ours = benchmark.our_loop("run", [*data, *TINY, "--precision", "bf16"])
     x, labels = next(ours.batches(1))
     with runtime.autocast("bf16", CPU):
         assert ours.model.encoder(x).dtype == torch.bfloat16
         output = ours.model(x)
-    parts = (output.reconstruction, *output.posterior, *output.kl.values())
-    assert {value.dtype for value in parts} == {torch.float32}
+    assert {value.dtype for value in (*output[:1], *output.posterior, *output.kl.values())} == {torch.float32}
+    assert output.posterior.logits.is_contiguous()  # the noise meets the same latents in every layout
     ours.step(x, labels)
     assert {weight.grad.dtype for weight in ours.model.parameters()} == {torch.float32}
 
 
-def test_the_noise_meets_the_same_latents_in_every_layout():
-    logits = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    assert run.modules.plain(logits).stride() == torch.empty(2, 3, 4, 4).stride()
-
-
-def test_a_state_saved_in_another_layout_goes_on_the_same():
+def test_a_state_saved_in_another_layout_goes_on_the_same(tmp_path):
     """Fused Adam on the CPU pairs weights and state by their place in memory."""
     weights = []
     for relaid in (False, True):
         generator = torch.Generator().manual_seed(0)
         weight = torch.nn.Parameter(torch.randn(4, 3, 2, 2, generator=generator).to(memory_format=torch.channels_last))
         optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
-        for step in range(3):
+        for _ in range(3):
             weight.grad = torch.randn(4, 3, 2, 2, generator=generator).to(memory_format=torch.channels_last)
             optimizer.step()
+            saved = optimizer.state_dict()
             for name in ("exp_avg", "exp_avg_sq") if relaid else ():
-                optimizer.state[weight][name] = optimizer.state[weight][name].contiguous()
-            runtime.match_layout(optimizer)
+                saved["state"][0][name] = saved["state"][0][name].contiguous()
+            checkpoint = {"images": 1, "progress": {}, "optimizer": saved}
+            training.Run(tmp_path, None, {"images": 1, "optimizer": optimizer}, 1, 1, 1, checkpoint)
         weights.append(weight.detach())
     assert torch.equal(*weights)
 
 
-def test_a_resumed_run_keeps_its_precision(tmp_path):
-    tiny = ["--dataset", "digits", "--ngf", "8", "--encoder-arch", "pyramid", "--img-per-epoch", "16", "--workers", "0"]
-    folder = ["--output-folder", str(tmp_path)]
-    run.main([*tiny, *folder, "--num-epochs", "1", "--batch-size", "8", "--precision", "fp32"])
-    with pytest.raises(console.UsageError, match="--precision bf16"):
-        run.main(["--resume", *folder, "--precision", "bf16"])
-    run.main(["--resume", *folder, "--num-epochs", "2"])
-    assert json.loads((tmp_path / "args.json").read_text())["precision"] == "fp32"
-
-
-# ---------------------------------------------------------------------------------------------------- compiling
+def test_a_resumed_run_keeps_its_precision(finished):
+    saved = json.loads((finished[0] / "args.json").read_text())["precision"]
+    resume = ["--resume", str(finished[0]), "--num-epochs", "3"]
+    assert run.parse(resume)[0].precision == saved
+    with pytest.raises(UsageError, match="--precision"):
+        run.parse([*resume, "--precision", "fp32" if saved == "bf16" else "bf16"])
 
 
 def test_a_compiled_run_computes_what_an_eager_one_does_and_saves_what_it_reads(tmp_path, monkeypatch):
-    """dynamo's own graphs without new kernels, which would take a minute."""
-    traced, compile_really = [], torch.compile
+    traced, compile_really, losses, names = [], torch.compile, [], []  # no new kernels, which would take a minute
 
     def compile_quickly(network, mode):
         traced.append(network)
         return compile_really(network, backend="eager")
 
     monkeypatch.setattr(torch, "compile", compile_quickly)
-    tiny = ["--dataset", "digits", "--ngf", "8", "--encoder-arch", "pyramid", "--img-per-epoch", "16", "--workers", "0"]
-    tiny += ["--batch-size", "8", "--num-epochs", "1", "--precision", "fp32"]
-    eager = run.main([*tiny, "--output-folder", str(tmp_path / "eager")])
-    assert not traced
-    compiled = run.main([*tiny, "--compile", "--output-folder", str(tmp_path / "compiled")])
-    assert len(traced) == 1 and compiled["total"] == pytest.approx(eager["total"], rel=1e-4)
-    files = (tmp_path / name / "model.pt" for name in ("eager", "compiled"))
-    one, other = (checkpoints.load(file, checkpoints.MODEL)["model"] for file in files)
-    assert one.keys() == other.keys()
+    for more in ([], ["--compile"]):
+        folder = tmp_path / f"run{len(more)}"
+        losses.append(run.main([*DIGITS, str(folder), *more, "--precision", "fp32"])["total"])
+        names.append(training.load(folder / "model.pt", training.MODEL)["model"].keys())
+        assert len(traced) == len(more)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and names[0] == names[1]
 
 
 def test_a_machine_without_a_compiler_says_so_in_one_line(tmp_path, monkeypatch, line_of_error):
@@ -176,6 +143,5 @@ def test_a_machine_without_a_compiler_says_so_in_one_line(tmp_path, monkeypatch,
         raise torch._inductor.exc.InvalidCxxCompiler
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    options = ["--dataset", "digits", "--ngf", "8", "--encoder-arch", "pyramid", "--workers", "0", "--compile"]
-    status, line = line_of_error(run.main, [*options, "--output-folder", str(tmp_path)])
+    status, line = line_of_error(run.main, [*DIGITS, str(tmp_path), "--compile"])
     assert status == 1 and "--compile" in line and "leave it out" in line and "compiler" in line

@@ -425,7 +425,7 @@ BAD_INPUT = [
     ("--resume --output-folder {place}/empty", 1, ["empty", "no checkpoint", "--overwrite"]),
     ("--pretrained {place}/nan.pt --linear", 1, ["nan.pt", "no numbers", "--lr"]),
     ("--pretrained {place}/empty --linear", 1, ["empty/model.pt", "no such file"]),
-    ("--output-folder caf\udce9", 2, ["--output-folder 'caf\\udce9'", "no plain text"]),
+    ("--output-folder caf\udce9", 2, ["--output-folder 'caf\\udce9'", "no text in UTF-8"]),
     ("--epoch 3", 2, ["--epoch", "--epochs"]),
     ("--evaluate", 1, ["best.pt", "no such file"]),
     ("--arch resnet18 --dataset folder --data-folder {place}/flat", 1, ["flat", "train/CLASS/*"]),

@@ -1,30 +1,35 @@
-"""utils/parts.py finds what a look at all maps at once would find, and draws it for every kind of model and data."""
+"""utils/parts.py finds what a look at all maps at once would find, and shows it for every kind of model and data."""
 
+import base64
+import csv
+import io
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import paint
-from PIL import Image, ImageFont
+from PIL import Image
 from sklearn.decomposition import PCA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import modules
-from utils import checkpoints, parts, survey, tables
+from utils import batches, figures, parts, training
 
-FILES = ["illustration.png", "logs_parts", "parts.json", "parts.png", "swap.png", "traversal.png"]
-QUICK = ["--workers", "0", "--ablation-images", "20"]
-SMALL = {"encoder_arch": "pyramid", "ngf": 8}  # one of the options of a model that encodes quickly
+FILES = sorted([*parts.CONTENTS, "logs_parts"])
+QUICK = ["--workers", "0", "--ablation-images", "20", "--shown", "3"]
+SMALL = {"encoder_arch": "pyramid", "ngf": 8}  # options of a model that encodes quickly
+COLOUR = {"channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 @pytest.fixture(scope="module")
 def make(finished, tmp_path_factory):
     """A function that saves a model of random weights, once `change(model)` is done, and returns its path."""
-    content = checkpoints.load(finished[0] / "model.pt", checkpoints.MODEL)
+    content = training.load(finished[0] / "model.pt", training.MODEL)
 
-    def make(change=lambda model: None, training=None, **described):
+    def make(change=lambda model: None, trained_on=None, **described):
         described = {**content["options"], **SMALL, **described}
         torch.manual_seed(0)
         model = modules.build_model(described)
@@ -33,8 +38,8 @@ def make(finished, tmp_path_factory):
                 head.weight.data *= 20  # so that every part varies
         change(model)
         path = tmp_path_factory.mktemp("model") / "model.pt"
-        args = {**content["args"], **(training or {})}
-        checkpoints.save(path, {**content, "options": described, "args": args, "model": model.state_dict()})
+        args = {**content["args"], **(trained_on or {})}
+        training.save(path, {**content, "options": described, "args": args, "model": model.state_dict()})
         return path
 
     return make
@@ -48,82 +53,80 @@ def look(model, *more):
 def facts(model, *more):
     """What main returns, without drawing."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("write", "draw_parts", "draw_illustration", "draw_swap", "draw_traversal"):
+        for name in ("write", "draw_parts", "draw_illustration", "draw_swap", "draw_traversal", "draw_page"):
             patch.setattr(parts, name, lambda *arguments: None)
         return look(model, *more)[0]
 
 
-@torch.no_grad()
-def random_posterior(images=60, number=5, side=4, steps=None):
-    """A Posterior of random numbers; `steps`: so few different probabilities that many are equal."""
-    generator = torch.Generator().manual_seed(1)
-    occurrence = torch.rand(images, number, side, side, generator=generator)
-    occurrence = occurrence if steps is None else (occurrence * steps).floor() / steps
-    mean = torch.randn(images, number, 3, generator=generator) * torch.tensor([1.0, 3.0, 2.0])
-    return modules.Posterior(mean, mean, occurrence.logit(), occurrence)
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
-def figures_of(posterior, batch, kept=7):
-    statistics = survey.Statistics(kept)
-    for start in range(0, len(posterior.mean), batch):
-        some = modules.Posterior(*(values[start : start + batch] for values in posterior))
-        statistics.add(some, some.occurrence)
-    return statistics.read()
-
-
-# ------------------------------------------------------------------------------------------------ figures
+# ------------------------------------------------------------------------------------------------ looking
 
 
 @pytest.mark.parametrize("steps", [None, 20], ids=["all different", "many equal"])
 @pytest.mark.parametrize("batch", [7, 100])
-def test_the_surest_places_are_those_of_a_sort_of_all_maps(batch, steps):
-    posterior = random_posterior(steps=steps)
-    figures = figures_of(posterior, batch)
-    for part, maps in enumerate(posterior.occurrence.flatten(2).transpose(0, 1).numpy()):  # images×cells
-        best = maps.max(axis=1)
-        expected = sorted(range(len(best)), key=lambda image: (-best[image], image))[:7]
-        found = figures["top_images"][part]
-        assert found.tolist() == expected and len(set(found)) == 7
-        assert np.array_equal(figures["top"][part], best[expected])
-        assert np.array_equal(maps[found, figures["top_cells"][part]], best[expected])
-
-
-@pytest.mark.parametrize("batch", [7, 100])
-def test_running_sums_give_the_figures_of_all_maps(batch):
-    posterior = random_posterior()
-    posterior.occurrence[:, 2] = 0.9 * posterior.occurrence[:, 1] + 0.1 * posterior.occurrence[:, 3]
-    figures, maps = figures_of(posterior, batch), posterior.occurrence.numpy().astype(np.float64)
-    by_part = maps.swapaxes(0, 1).reshape(5, -1)
-    assert figures["correlation"] == pytest.approx(np.corrcoef(by_part), abs=1e-9)
-    assert figures["rate"] == pytest.approx(by_part.mean(1))
-    assert figures["mean_best"] == pytest.approx(maps.max(axis=(2, 3)).mean(0))
-    assert figures["strongest"] == pytest.approx(np.bincount(by_part.argmax(0), minlength=5) / by_part.shape[1])
-    latents = np.concatenate([posterior.mean.numpy(), maps.reshape(60, 5, 16)], axis=2)
-    assert figures["variance"] == pytest.approx(latents.var(axis=0).max(axis=1)) and (figures["variance"] > 0.5).all()
-
-
-def test_directions_are_the_principal_components_of_the_appearance():
-    posterior = random_posterior()
-    figures = figures_of(posterior, 7)
+def test_statistics_are_those_of_all_maps_at_once(batch, steps):
+    generator, statistics = torch.Generator().manual_seed(1), parts.Statistics()
+    occurrence = torch.rand(60, 5, 4, 4, generator=generator)
+    if steps is None:
+        occurrence[:, 2] = 0.9 * occurrence[:, 1] + 0.1 * occurrence[:, 3]
+    else:
+        occurrence = (occurrence * steps).floor() / steps
+    occurrence[:, 4] = 0.3
+    mean = torch.randn(60, 5, 3, generator=generator) * torch.tensor([1.0, 3.0, 2.0])
+    for some in torch.arange(60).split(batch):
+        posterior = modules.Posterior(mean[some], mean[some], occurrence[some].logit(), occurrence[some])
+        statistics.add(posterior, posterior.logits, posterior.occurrence)
+    found, maps = statistics.read(), occurrence.numpy().astype(np.float64)
+    by_part, odds = maps.swapaxes(0, 1).reshape(5, -1), occurrence.logit().flatten(2).numpy()  # B×N×cells
     for part in range(5):
-        pca = PCA().fit(posterior.mean[:, part].numpy().astype(np.float64))
-        assert figures["deviations"][part] ** 2 * 60 / 59 == pytest.approx(pca.explained_variance_)
-        overlap = np.abs(figures["directions"][part] @ pca.components_.T)
-        assert overlap == pytest.approx(np.eye(3), abs=1e-5)
+        best = odds[:, part].max(axis=1)
+        assert found["order"][part].tolist() == sorted(range(60), key=lambda image: (-best[image], image))[:58]
+        assert np.array_equal(odds[np.arange(60), part, found["cell"][:, part]], best)
+    if steps is None:
+        expected = np.corrcoef(by_part[:4])
+        assert found["correlation"][:4, :4] == pytest.approx(expected, abs=1e-9)
+        assert not found["correlation"][4].any()  # a constant part correlates with none
+    assert found["rate"] == pytest.approx(by_part.mean(1))
+    assert found["strongest_share"] == pytest.approx(np.bincount(by_part.argmax(0), minlength=5) / by_part.shape[1])
+    latents = np.concatenate([mean.numpy(), maps.reshape(60, 5, 16)], axis=2)
+    assert found["variance"] == pytest.approx(latents.var(axis=0).max(axis=1))
+    for part in range(5):
+        pca = PCA().fit(mean[:, part].numpy().astype(np.float64))
+        assert found["deviations"][part] ** 2 * 60 / 59 == pytest.approx(pca.explained_variance_)
+        assert np.abs(found["directions"][part] @ pca.components_.T) == pytest.approx(np.eye(3), abs=1e-5)
 
 
-def test_a_constant_part_correlates_with_none():
-    posterior = random_posterior()
-    posterior.occurrence[:, 2] = 0.3
-    found = figures_of(posterior, 7)["correlation"]
-    assert np.isfinite(found).all() and not found[2].any()
+def test_log_odds_rank_what_rounds_to_probability_one():
+    logits = torch.tensor([30.0, 50.0, 40.0, -200.0])
+    assert (logits.sigmoid()[:3] == 1).all() and torch.equal(parts.log_odds(logits, categorical=False), logits)
+    logits = torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(parts.log_odds(logits, categorical=True), logits.softmax(dim=1).logit())
+    found = parts.log_odds(100 * logits.float(), categorical=True).flatten(2)
+    assert found.isfinite().all() and len(found.unique()) == 48
+    assert parts.log_odds(logits[:, :1], categorical=True).gt(9e8).all()  # a single part is everywhere
 
 
-@pytest.mark.parametrize(
-    "name, scale, side",
-    [("pyramid", 2, 16), ("pyramid", 4, 32), ("pyramid", 8, 64), ("resnet", 4, 64), ("resnet", 8, 128),
-     ("alexnet", 32, 448)],
-)  # fmt: skip
+def test_places_are_ranked_by_log_odds_and_show_the_probability(make):
+    def change(model):
+        model.occurrence.convolution.weight.data *= 100  # all that is sure rounds to 1.00
+
+    places = facts(model := make(change))["parts"][4]["places"]
+    source = parts.open_split("digits", "data", "test", 32)
+    x = batches.Batches(source, batches.Form(32, [0.5], [0.5]), torch.device("cpu")).examples(360)
+    with torch.no_grad():
+        best, cells = parts.trained.load_model(model)[0].encode(x).logits[:, 4].flatten(1).max(dim=1)
+    expected = best.argsort(descending=True, stable=True)[:12].tolist()
+    assert [place["image"] for place in places] == expected
+    assert [4 * place["cell"][0] + place["cell"][1] for place in places] == cells[expected].tolist()
+    assert [place["probability"] for place in places] == pytest.approx([1.0] * 12)
+    assert [place["class"] for place in places] == [str(source.labels[number]) for number in expected]
+
+
+@pytest.mark.parametrize("name, scale, side", [("pyramid", 2, 16), ("pyramid", 4, 32), ("pyramid", 8, 64),
+                                               ("resnet", 4, 64), ("resnet", 8, 128), ("alexnet", 32, 448)])
 def test_receptive_field_is_where_gradients_come_from(name, scale, side):
     torch.manual_seed(0)
     encoder = modules.build_encoder(name, 1, scale, ngf=16)[0].eval()
@@ -133,85 +136,72 @@ def test_receptive_field_is_where_gradients_come_from(name, scale, side):
     for axis in (0, 1):
         pixels = torch.nonzero(gradient.sum(axis)).flatten()
         assert 0 < pixels[0] and pixels[-1] < side - 1, "the test's image is too small"
-        assert pixels[-1] - pixels[0] + 1 == survey.receptive_field(encoder)
-
-
-def test_patches_are_as_large_as_the_help_says(make):
-    for described, size in (({"scale": 8}, 22), ({"encoder_arch": "resnet", "scale": 4}, 12),
-                            ({"encoder_arch": "resnet", "scale": 8}, 16), ({"scale": 32}, 32)):  # fmt: skip
-        assert facts(make(**described), "--images", 2)["patch_size"] == size
-    assert facts(make(), "--images", 2, "--patch-size", 5)["patch_size"] == 5
+        assert pixels[-1] - pixels[0] + 1 == parts.receptive_field(encoder)
 
 
 def test_switching_off_costs_what_two_decodings_differ_by(make):
-    model = modules.build_model(checkpoints.load(make(), checkpoints.MODEL)["options"]).eval()
-    x = torch.rand(10, 1, 32, 32)
-    error, rises = survey.contributions(model, x, x, batch_size=4)
+    model, x = parts.trained.load_model(make())[0], torch.rand(10, 1, 32, 32)
+    error, rises = parts.contributions(model, x, x, batch_size=4)
     with torch.no_grad():
         posterior = model.encode(x)
         without = posterior.occurrence.clone()
         without[:, 3] = 0
-        errors = [
-            (model.decoder(modules.place_parts(posterior.mean, occurrence)) - x).square().sum() / 10
-            for occurrence in (posterior.occurrence, without)
-        ]
-    assert error == pytest.approx(float(errors[0]), rel=1e-5)
-    assert rises[3] == pytest.approx(float(errors[1] - errors[0]), rel=1e-2)
+        both = [model.decoder(modules.place_parts(posterior.mean, maps)) for maps in (posterior.occurrence, without)]
+        errors = [float((copy - x).square().sum() / 10) for copy in both]
+    assert (error, rises[3]) == (pytest.approx(errors[0], rel=1e-5), pytest.approx(errors[1] - errors[0], rel=1e-2))
 
 
-def silence(part):
-    def change(model):
-        model.occurrence.convolution.bias.data[part] = -1e4
-
-    return change
+# ------------------------------------------------------------------------------------------------ findings
 
 
-def freeze(part):
-    def change(model):
-        size = model.appearance_size
-        for layer, rows in (
-            (model.occurrence.convolution, slice(part, part + 1)),
-            (model.appearance.mean, slice(part * size, (part + 1) * size)),
-        ):
-            layer.weight.data[rows] = 0
-
-    return change
-
-
-@pytest.mark.parametrize("hard", [False, True])
-def test_a_part_that_never_occurs_is_dead_and_costs_nothing(make, hard):
-    found = facts(make(silence(3), hard=hard))
-    part = found["parts"][3]
-    assert (part["dead"], part["error_rise_when_off"], part["rate"]) == ("never occurs", 0.0, 0.0)
-    assert all(other["error_rise_when_off"] != 0 for other in found["parts"] if other["dead"] is None)
-
-
-def test_a_hard_part_below_one_half_never_occurs(make):
-    def change(model):
-        model.occurrence.convolution.weight.data[3] = 0
-        model.occurrence.convolution.bias.data[3] = -0.1  # probability 0.48
-
-    assert facts(make(change, hard=True))["parts"][3]["dead"] == "never occurs"
-    assert facts(make(change))["parts"][3]["dead"] is None  # its appearance varies
-
-
-def test_a_part_that_says_the_same_of_every_image_is_dead(make):
-    found = facts(make(freeze(3)))
-    assert found["parts"][3]["dead"] == "does not vary" and found["parts"][3]["rate"] > 0.1
-    assert [part["part"] for part in found["parts"] if part["dead"]] == [3]
-
-
-def test_a_copied_part_is_a_duplicate(make):
+def part_three(bias=None, scale=1.0):
+    """A change of a model: the occurrence of part 3 gets this bias, and weights times `scale`."""
     def change(model):
         head = model.occurrence.convolution
-        head.weight.data[5], head.bias.data[5] = head.weight[0], head.bias[0] + 0.01
+        head.weight.data[3] *= scale
+        head.bias.data[3] = bias or 0
+        if not scale and bias is None:  # says the same of every image
+            model.appearance.mean.weight.data[3 * model.appearance_size : 4 * model.appearance_size] = 0
 
-    found = facts(make(change))
+    return change
+
+
+@pytest.mark.parametrize("change, described, dead", [
+    (part_three(-1e4), {}, "never occurs"), (part_three(-1e4), {"hard": True}, "never occurs"),
+    (part_three(-0.1, 0), {"hard": True}, "never occurs"),  # probability 0.48
+    (part_three(-0.1, 0), {}, None), (part_three(None, 0), {}, "does not vary"),
+])
+def test_dead_parts_are_told(make, change, described, dead):
+    found = facts(make(change, **described))["parts"]
+    assert found[3]["dead"] == dead
+    if dead == "never occurs":
+        assert found[3]["error_rise_when_off"] == 0 and not found[3]["near_duplicates"]
+    assert all(part["error_rise_when_off"] != 0 for part in found if part["dead"] is None)
+    assert parts.remarks(found[3])[:1] == [f"not in use: {dead}"] or dead is None
+
+
+@pytest.mark.parametrize("scale, bias, correlates", [(1, 0.01, True), (3, -25, False)])
+def test_duplicates_are_found_by_their_places_even_if_their_maps_do_not_correlate(make, scale, bias, correlates):
+    def change(model):  # part 5 is at the same places, and, in the second case, at the surest of them only
+        head = model.occurrence.convolution
+        head.weight.data[5], head.bias.data[5] = scale * head.weight[0], scale * head.bias[0] + bias
+
+    found = facts(make(change))["parts"]
     for one, other in ((0, 5), (5, 0)):
-        nearest = found["parts"][one]["near_duplicates"][0]
-        assert nearest["part"] == other and nearest["correlation"] > 0.999
-    listed = {(part["part"], near["part"]) for part in found["parts"] for near in part["near_duplicates"]}
-    assert listed == {(other, one) for one, other in listed} and len(listed) < 16 * 15
+        nearest = found[one]["near_duplicates"][0]
+        assert nearest["part"] == other and nearest["shared_places"] == 1
+        assert (nearest["correlation"] > parts.CORRELATED) == correlates
+    listed = {(part["part"], near["part"]) for part in found for near in part["near_duplicates"]}
+    assert listed == {(other, one) for one, other in listed} and len(listed) < 16
+    assert parts.remarks(found[5])[0] == "like part 0"
+
+
+def test_places_that_one_part_alone_shares_make_no_duplicate():
+    found = {"shared": np.array([[1, 1, 0.6], [0.1, 1, 0], [0.5, 0, 1]]), "correlation": np.eye(3),
+             "lives": np.array([True] * 3)}
+    assert [[near["part"] for near in parts.near_duplicates(found, part)] for part in range(3)] == [[2], [], [0]]
+    found["lives"][2] = False
+    assert not parts.near_duplicates(found, 0) and not parts.near_duplicates(found, 2)
 
 
 def test_the_part_whose_absence_costs_most_is_drawn():
@@ -224,25 +214,17 @@ def test_the_part_whose_absence_costs_most_is_drawn():
 
 
 @pytest.mark.parametrize("described", [{}, {"hard": True}, {"categorical": True}, {"independent": True, "ngf": 16}])
-def test_swap_takes_the_appearance_of_one_part_and_the_places_of_the_other_image(make, described):
-    model = modules.build_model(checkpoints.load(make(**described), checkpoints.MODEL)["options"]).eval()
-    a, b = torch.rand(2, 3, 1, 32, 32)
+def test_swap_and_traversal_change_the_appearance_of_one_part_alone(make, described):
+    model = parts.trained.load_model(make(**described))[0]
     with torch.no_grad():
-        assert torch.equal(parts.swapped(model, a, a, 2), model(a).reconstruction)
-        mine, other = model.encode(a), model.encode(b)
-        appearance = torch.cat([mine.mean[:, :2], other.mean[:, 2:3], mine.mean[:, 3:]], dim=1)
-        expected = model.decoder(modules.place_parts(appearance, model.occurrence.mode(mine.logits)))
-    assert torch.equal(parts.swapped(model, a, b, 2), expected)
-    assert not torch.equal(expected, model(a).reconstruction)
-
-
-def test_traversal_passes_through_the_image_as_it_is(make):
-    model = modules.build_model(checkpoints.load(make(), checkpoints.MODEL)["options"]).eval()
-    x = torch.rand(1, 1, 32, 32)
-    found = parts.moved(model, x, 2, np.ones(model.appearance_size))
-    middle = parts.STEPS.index(0)
-    torch.testing.assert_close(found[middle : middle + 1], model(x).reconstruction)
-    assert all(not torch.allclose(found[middle], found[step]) for step in range(len(found)) if step != middle)
+        mine, other = (model.encode(x) for x in torch.rand(2, 3, 1, 32, 32))
+    swapped, moved = parts.swapped(mine, other, 2), parts.moved(mine, 2, np.ones(model.appearance_size))
+    rest = [number for number in range(16) if number != 2]
+    assert torch.equal(swapped.mean[:, 2], other.mean[:, 2]) and torch.equal(swapped.logits, mine.logits)
+    assert torch.equal(swapped.mean[:, rest], mine.mean[:, rest]) and not torch.equal(mine.mean, other.mean)
+    assert torch.equal(moved.mean[parts.STEPS.index(0)], mine.mean[0])
+    torch.testing.assert_close(moved.mean[:, 2, 0] - mine.mean[0, 2, 0], torch.tensor(parts.STEPS))
+    assert torch.equal(moved.mean[:, rest], mine.mean[:1, rest].expand(5, -1, -1)) and len(moved.logits) == 5
 
 
 def test_figures_do_not_depend_on_the_batch_size(make):
@@ -252,6 +234,83 @@ def test_figures_do_not_depend_on_the_batch_size(make):
         assert a["classes_of_top_places"] == b["classes_of_top_places"]
         assert a["rate"] == pytest.approx(b["rate"], rel=1e-5)
         assert a["error_rise_when_off"] == pytest.approx(b["error_rise_when_off"], rel=1e-3, abs=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------ places
+
+
+@pytest.mark.parametrize("image_size", [(64, 64), (200, 150), (90, 301), (20, 20), (1000, 40), (7, 300)])
+def test_boxes_are_where_the_models_pixels_come_from(image_size):
+    across, down = (np.linspace(0, 255, side) for side in image_size)
+    ramps = [np.broadcast_to(ramp, image_size[::-1]) for ramp in (across, down[:, None], across)]
+    photograph = Image.fromarray(np.round(np.stack(ramps, axis=2)).astype(np.uint8))
+    pixels = np.asarray(batches.resize_and_crop(photograph, 64)).astype(float)
+    for row, column in ((4, 4), (20, 44), (36, 12), (60, 60)):
+        seen, box = parts.boxes(image_size, 64, (row, column), 8)
+        cut = np.asarray(photograph.crop(box)).astype(float)
+        assert cut.shape[0] == cut.shape[1] == max(1, round(8 * min(image_size) / 64))
+        assert 0 <= box[0] < box[2] <= image_size[0] and 0 <= box[1] < box[3] <= image_size[1]
+        expected = pixels[row - 4 : row + 4, column - 4 : column + 4].mean(axis=(0, 1))
+        one = 255 / (np.array([*image_size, image_size[0]]) - 1)  # what a pixel of the photograph differs by
+        assert (np.abs(cut.mean(axis=(0, 1)) - expected) <= one + 0.5).all()
+    assert np.abs(np.asarray(photograph.crop(seen).resize((64, 64), 2)).astype(float) - pixels).mean() < 3
+    corner = parts.boxes(image_size, 64, (0, 0), 16)[1]
+    assert min(corner) >= 0 and corner[2] - corner[0] == max(1, round(16 * min(image_size) / 64))  # moved inwards
+
+
+def test_patches_are_as_large_as_the_help_says(make):
+    for described, size in (({"scale": 8}, 22), ({"encoder_arch": "resnet", "scale": 4}, 12),
+                            ({"encoder_arch": "resnet", "scale": 8}, 16), ({"scale": 32}, 32)):
+        model = parts.trained.load_model(make(**described))[0]
+        options = dict(arch="patchy", num_parts=16, size=32, scale=described["scale"], part=None, ablation_images=9)
+        settings = parts.options.Settings(**options, patch_size=None, output_folder="parts")
+        assert parts.complete(settings, model).patch_size == size
+    assert facts(make(), "--images", 2, "--patch-size", 5)["patch_size"] == 5
+
+
+@pytest.fixture(scope="module")
+def photographs(make, tmp_path_factory):
+    """A look at photographs of two classes, of another shape than the model's, with awkward names."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for number in range(30):
+        paint(folder / ("ant", "<b>ee")[number % 2] / f"{number} & \"co\".jpg", (300, 200), seed=number)
+    trained_on = {"dataset": "folder", "data_folder": str(folder)}
+    found, place = look(make(trained_on=trained_on, **COLOUR), "--split", "all")
+    return found, place, folder
+
+
+def test_places_name_file_class_and_box_in_the_original(photographs):
+    found, place, folder = photographs
+    rows = list(csv.reader((place / "parts.csv").open(newline="")))
+    assert rows[0] == ["image", "class", *(f"part {number}" for number in range(16))] and len(rows) == 31
+    listed = {row[0]: row[2:] for row in rows[1:]}
+    for part in found["parts"]:
+        assert len(part["places"]) == 12
+        for spot in part["places"]:
+            assert (folder / spot["file"]).is_file() and spot["file"].split("/")[0] == spot["class"]
+            assert spot["of"] == [300, 200] and listed[spot["file"]][part["part"]] == f"{spot['probability']:.4f}"
+            left, top, right, bottom = spot["box"]
+            assert right - left == bottom - top == round(22 * 200 / 32)
+            centre = [50 + (spot["cell"][1] + 0.5) * 50, (spot["cell"][0] + 0.5) * 50]  # cells of 50 pixels
+            assert left == np.clip(round(centre[0] - 69), 0, 162) and top == np.clip(round(centre[1] - 69), 0, 62)
+
+
+def test_the_page_holds_everything_it_shows(photographs):
+    found, place, folder = photographs
+    page = (place / "parts.html").read_text()
+    assert not re.search(r"(src|href|url|import)\s*[=(]\s*[\"']?(https?:|//|file:)", page) and "<b>ee" not in page
+    order = [int(number) for number in re.findall(r'<section id="part-(\d+)"', page)]
+    assert order == [part["part"] for part in parts.by_contribution(found["parts"])]
+    assert page.count("<button") == 16 * 12
+    kept = json.loads(re.search(r"const photographs = (\{.*?\}), at", page)[1])
+    uris = [*kept.values(), *re.findall(r'src="(data:[^"]+)"', page), *re.findall(r'data-occurs="([^"]+)"', page)]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size for uri in uris]
+    assert sizes == [(300, 200)] * len(kept) + [(128, 128)] * (2 * 16 * 12)
+    first = found["parts"][order[0]]["places"][0]
+    assert f'data-photograph="{first["image"]}"' in page and str(first["image"]) in kept
+    frame = re.search(r'data-frame="\s*left: ([\d.]+)%; width: ([\d.]+)%;\s*top: ([\d.]+)%', page)
+    left, top, right, _ = first["box"]
+    assert [float(value) for value in frame.groups()] == pytest.approx([left / 3, (right - left) / 3, top / 2])
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -267,176 +326,85 @@ def looked(finished, tmp_path_factory):
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "parts" not in path.parts}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.parent.name != "parts"}
 
 
 def test_all_files_are_beside_the_model_and_the_run_is_untouched(looked):
     found, folder, before = looked
-    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == FILES
-    assert contents(folder.parent) == before
+    assert names_in(folder) == FILES
+    assert {path: content for path, content in contents(folder.parent).items() if path in before} == before
     assert json.loads((folder / "parts.json").read_text()) == found
-
-
-def test_json_has_the_figures_of_every_part(looked):
-    found = looked[0]
     assert (found["images"], found["dataset"], found["split"]) == (360, "digits", "test")
     assert [part["part"] for part in found["parts"]] == list(range(16))
     for part in found["parts"]:
-        assert sum(part["classes_of_top_places"].values()) == 12
+        assert sum(part["classes_of_top_places"].values()) == 12 and part["places"][0]["file"] is None
         assert set(part["classes_of_top_places"]) <= set("0123456789")
         assert 0 < part["rate"] <= part["confidence"]["mean"] <= part["confidence"]["highest"] < 1
+        assert part["error_rise_percent"] == 100 * part["error_rise_when_off"] / found["reconstruction_error"]
     assert sum(part["strongest_share"] for part in found["parts"]) == pytest.approx(1)
 
 
-def test_pictures_have_a_row_for_each_part_and_a_column_for_each_patch(looked, tmp_path):
+def test_again_gives_the_same_files_and_spares_those_of_others(looked, tmp_path):
     folder = looked[1]
-    look(folder.parent / "model.pt", "--patches", 20, "--output-folder", tmp_path)
-    picture, wide = (Image.open(place / "parts.png") for place in (folder, tmp_path))
-    assert wide.width - picture.width == 8 * 82 and wide.height == picture.height > 16 * 80
-    assert Image.open(folder / "traversal.png").height > 16 * 66
-    swap, illustration = (Image.open(folder / f"{name}.png") for name in ("swap", "illustration"))
-    assert swap.width > 8 * 98 < illustration.width and swap.height > 6 * 98 and illustration.height > 4 * 98
-    for picture in (picture, wide, swap, illustration):
-        assert len(np.unique(np.asarray(picture))) > 20
-
-
-def test_tensorboard_has_the_same_pictures_and_only_those_of_the_last_call(looked):
-    look(looked[1].parent / "model.pt")
-    assert len(list((looked[1] / "logs_parts").iterdir())) == 1
-    board = EventAccumulator(str(looked[1] / "logs_parts"))
+    (folder / "notes.txt").write_text("mine")
+    before = {name: (folder / name).read_bytes() for name in parts.CONTENTS}
+    look(folder.parent / "model.pt")
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert (folder / "notes.txt").read_text() == "mine" and len(list((folder / "logs_parts").iterdir())) == 1
+    board = EventAccumulator(str(folder / "logs_parts"))
     board.Reload()
     assert sorted(board.Tags()["images"]) == ["illustration", "parts", "swap", "traversal"]
-    shown = board.Images("parts")[0]
-    assert (shown.width, shown.height) == Image.open(looked[1] / "parts.png").size
-
-
-def test_again_gives_the_same_files_and_spares_those_of_others(make):
-    model = make()
-    folder = look(model)[1]
-    (folder / "notes.txt").write_text("mine")
-    before = {name: (folder / name).read_bytes() for name in FILES if name != "logs_parts"}
-    look(model)
-    assert {name: (folder / name).read_bytes() for name in before} == before
-    assert (folder / "notes.txt").read_text() == "mine"
+    shown, picture = board.Images("parts")[0], Image.open(folder / "parts.png")
+    assert (shown.width, shown.height) == picture.size and 3 * 110 < picture.height < 4 * 130
+    look(folder.parent / "model.pt", "--patches", 20, "--output-folder", tmp_path)
+    wide = Image.open(tmp_path / "parts.png")
+    assert wide.width - picture.width == 8 * 100 and wide.height == picture.height
+    (folder / "notes.txt").unlink()
 
 
 def test_the_runs_own_folder_will_do(make, capsys):
     model = make()
     weights = model.read_bytes()
-    look(model, "--output-folder", model.parent, "--part", 9)
-    assert model.read_bytes() == weights and set(FILES) < {path.name for path in model.parent.iterdir()}
-    assert "part 9 is drawn" in capsys.readouterr().out
+    found, _ = look(model, "--output-folder", model.parent, "--part", 9)
+    assert model.read_bytes() == weights and set(FILES) < set(names_in(model.parent))
+    said = capsys.readouterr().out
+    assert f"360 images: {sum(part['sure_share'] > 0 for part in found['parts'])} of 16 parts are sure" in said
+    assert "part 9 is in illustration.png and swap.png: without it the reconstruction error rises by " in said
+    assert "a patch shows 22 of the 32 pixels across an image; " in said and "the whole image" in said
+    assert "parts.html in a browser" in said
 
 
 SHAPES = {"dataset": "shapes"}
 
 
-@pytest.mark.parametrize(
-    "training, described",
-    [
-        ({}, {"categorical": True}), ({}, {"hard": True}), ({}, {"hard": True, "categorical": True}),
-        ({}, {"independent": True, "ngf": 16}), ({}, {"num_parts": 1, "hidden_size": 1}), (SHAPES, {"channels": 3}),
-        (SHAPES, {"channels": 3, "encoder_arch": "resnet18", "scale": 32, "inet": True}),
-    ],
-    ids=["categorical", "hard", "hard categorical", "independent", "one part of size 1", "colour", "one cell"],
-)  # fmt: skip
-def test_every_kind_of_model(make, training, described):
-    channels = described.get("channels", 1)
-    model = make(training=training, **described, mean=[0.5] * channels, std=[0.5] * channels)
-    found, folder = look(model, "--images", 40)
-    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == FILES
-    assert len(found["parts"]) == described.get("num_parts", 16) and found["images"] == 40
+@pytest.mark.parametrize("trained_on, described", [
+    ({}, {"categorical": True}), ({}, {"hard": True, "categorical": True}), ({}, {"independent": True, "ngf": 16}),
+    ({}, {"num_parts": 1, "hidden_size": 1}), (SHAPES, {**COLOUR, "hard": True}),
+    (SHAPES, {**COLOUR, "encoder_arch": "resnet18", "scale": 32, "inet": True}), ({}, {"num_parts": 70}),
+])
+def test_every_kind_of_model(make, trained_on, described, monkeypatch):
+    tables = []
+    monkeypatch.setattr(parts, "table", lambda rows, *rest: tables.append((rows, rest)) or figures.table(rows, *rest))
+    found, folder = look(make(trained_on=trained_on, **described), "--images", 40, "--patches", 2, "--part", 0)
+    assert names_in(folder) == FILES and found["images"] == 40
+    number = described.get("num_parts", 16)
+    assert len(found["parts"]) == number and (folder / "parts.html").read_text().count("<section") == number
     rates = [part["rate"] for part in found["parts"]]
     assert not described.get("categorical") or sum(rates) == pytest.approx(1, rel=1e-4)
-
-
-def test_more_parts_than_fit_are_left_out_and_counted(make, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(parts, "write", lambda folder, findings, pictures: drawn.update(pictures))
-    drawn_tables = []
-    monkeypatch.setattr(tables, "table", lambda rows, heading=(), *rest: drawn_tables.append((rows, " ".join(heading))))
-    found, _ = look(make(num_parts=70, hidden_size=2), "--images", 30, "--patches", 2)
-    (rows, heading), (moved, words) = drawn_tables[0], drawn_tables[-1]
-    assert len(found["parts"]) == 70 and len(rows) == len(moved) == 64
-    assert "the 64 of 70 parts" in heading and "the 64 of 70 parts" in words
-    costs = [part["error_rise_when_off"] for part in found["parts"]]
-    left_out = set(range(70)) - {int(row.label[0].split()[1]) for row in rows}
-    assert max(costs[part] for part in left_out) <= sorted(costs)[6]
+    costly = [f"part {part['part']}" for part in parts.by_contribution(found["parts"])[:3]]
+    for rows, (heading, *_) in (tables[0], tables[-1]):
+        assert [row.label[0] for row in rows] == costly
+        assert f"Shown are {f'the 3 of {number}' if number > 1 else 'all'} parts" in heading[-1]
 
 
 def test_images_without_classes_and_fewer_than_patches(make, tmp_path):
     for number in range(23):  # of which two are held out
         paint(tmp_path / "images" / f"{number}.png", seed=number)
-    training = {"dataset": "folder", "data_folder": str(tmp_path / "images")}
-    colour = {"channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
-    found, folder = look(make(training=training, **colour))
-    assert found["images"] == 2 and found["parts"][0]["classes_of_top_places"] == {}
-    assert {path.name for path in folder.iterdir()} >= set(FILES)
-    assert look(make(training=training, **colour), "--images", 1)[0]["images"] == 1
-    assert facts(make(training=training, **colour), "--split", "unlabelled")["images"] == 21
-
-
-# ------------------------------------------------------------------------------------------------ drawing
-
-
-def test_cut_keeps_the_centre_in_the_middle_and_pads_with_grey():
-    image = np.zeros((8, 8, 3), np.uint8)
-    image[2, 5] = 255
-    patch = tables.cut(image, (2, 5), 7)
-    assert patch.shape == (7, 7, 3) and (patch[3, 3] == 255).all()
-    assert (patch[0] == tables.NEUTRAL).all() and (patch[:, 6] == tables.NEUTRAL).all()  # above and right of the image
-    assert patch[1:, :6].sum() == 3 * 255
-    assert np.array_equal(tables.cut(image, (3.5, 3.5), 8), image)
-    assert (tables.cut(image, (-9, 30), 4) == tables.NEUTRAL).all()
-
-
-def test_view_shows_the_images_that_were_watched(make, monkeypatch):
-    seen = []
-    monkeypatch.setattr(parts, "draw_parts", lambda view, ranks, words: seen.append(view))
-    monkeypatch.setattr(parts, "write", lambda *arguments: None)
-    look(make())
-    view, everything = seen[0], seen[0].batches.examples(360)
-    with torch.no_grad():
-        best, cells = view.model.encode(everything).occurrence[:, 4].flatten(1).max(dim=1)
-    ranks = slice(2, 6)
-    numbers = best.argsort(descending=True, stable=True)[ranks]
-    torch.testing.assert_close(view.images(4, ranks), everything[numbers])
-    row, column = divmod(int(cells[numbers[0]]), 4)
-    expected = tables.cut(view.rgb(everything[numbers[:1]])[0], (8 * row + 3.5, 8 * column + 3.5), 22)
-    assert np.array_equal(view.around(4, ranks)[0], expected)
-    label = view.batches.source.labels[int(numbers[0])]
-    assert view.captions(4, ranks)[0] == f"{best[numbers[0]]:.2f} {label}"
-
-
-def test_framed_draws_around_what_is_cut():
-    image = np.full((32, 32, 3), 90, np.uint8)
-    framed = tables.framed(image, (15.5, 15.5), 8, smallest=64)  # pixels 12 to 19, drawn twice as large
-    changed = np.flatnonzero((framed != 90).any(axis=(1, 2)))
-    assert framed.shape == (64, 64, 3) and (changed[0], changed[-1]) == (23, 40)
-    assert (framed[27:37, 27:37] == 90).all()
-
-
-def test_a_frame_around_less_than_a_pixel_is_still_one():
-    image = np.full((224, 224, 3), 90, np.uint8)
-    assert 0 < (tables.framed(image, (100, 100), 1) != 90).any(axis=2).sum() <= 25
-
-
-def test_table_places_every_tile_where_its_row_and_column_are():
-    tiles = [np.full((16, 16, 3), value, np.uint8) for value in (10, 20, 30)]
-    rows = [tables.Row([], tiles[:1]), tables.Row([], [tiles[1], None, tiles[2]])]
-    sheet = np.asarray(tables.table(rows, smallest=64))
-    for value in (10, 20, 30):
-        assert (sheet == value).all(axis=2).sum() == 64 * 64
-    columns = [np.flatnonzero((sheet == value).all(axis=(2)).any(axis=0))[0] for value in (10, 20, 30)]
-    assert columns[0] == columns[1] and columns[2] == columns[1] + 66 + tables.BREAK
-
-
-def test_large_images_are_shrunk_and_long_words_cut():
-    tile = np.zeros((224, 224, 3), np.uint8)
-    assert tables.table([tables.Row([], [tile])]).height < 140
-    font = ImageFont.load_default(size=11)
-    short = tables.shortened("a class with a very long name", 64, font)
-    assert "a class with a very long name".startswith(short) and 50 < font.getlength(short) <= 64
+    trained_on = {"dataset": "folder", "data_folder": str(tmp_path / "images")}
+    found, folder = look(make(trained_on=trained_on, **COLOUR))
+    assert found["images"] == 2 and found["parts"][0]["classes_of_top_places"] == {} and names_in(folder) == FILES
+    assert look(make(trained_on=trained_on, **COLOUR), "--images", 1)[0]["images"] == 1
+    assert facts(make(trained_on=trained_on, **COLOUR), "--split", "unlabelled")["images"] == 21
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -455,20 +423,23 @@ BAD_INPUT = [
     ("--pretrained {model} --size 64", 2, ["--size 64"]),
     ("--pretrained {model}.none", 1, ["no such file"]),
     ("--pretrained {model} --dataset folder --data-folder {model}.none", 1, ["channels"]),
+    ("--pretrained {nan}", 1, ["no numbers"]),
     ("", 2, ["--pretrained"]),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
 def bad(make):
-    return {"model": make(), "vae": make(lambda model: None, arch="vae")}
+    def spoil(model):
+        model.occurrence.convolution.bias.data[0] = torch.nan
+
+    return {"model": make(), "vae": make(lambda model: None, arch="vae"), "nan": make(spoil)}
 
 
 @pytest.mark.parametrize("options, status, words", BAD_INPUT, ids=[row[0] for row in BAD_INPUT])
 def test_bad_input_is_one_line(options, status, words, bad, line_of_error):
     found, line = line_of_error(parts.main, options.format(**bad).split())
-    assert found == status
-    assert all(word in line for word in words), line
+    assert found == status and all(word in line for word in words), line
     assert not (bad["model"].parent / "parts").exists()
 
 

@@ -1,7 +1,9 @@
 """Nothing is lost: a stopped or killed run continues as if nothing had happened; damaged files are noticed."""
 
 import contextlib
-import json
+import errno
+import fcntl
+import multiprocessing
 import os
 import random
 import shutil
@@ -10,56 +12,34 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import ROOT, assert_same_run, call, curves, events, paint_classes, wait_for
 
 import classifier
 import run
-from utils import batches, checkpoints, console, tracking
+from utils import batches, runtime, training
 
 OPTIONS = ["--dataset", "digits", "--workers", "1", "--ngf", "8", "--encoder-arch", "pyramid", "--num-parts", "4"]
 OPTIONS += ["--img-per-epoch", "64", "--batch-size", "16", "--log-interval", "3", "--num-epochs", "3", "--hide", "0.3"]
+LAST = "checkpoints/step_000000012.pt"
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     run.main([*OPTIONS, "--output-folder", str(folder)])
+    assert [step for step, _ in curves(folder)["loss/train/total"]] == [3, 4, 7, 8, 11, 12]
     return folder
 
 
 def start(folder, *options):
     """run.py in a process group of its own, as a terminal or a scheduler starts it."""
     command = [sys.executable, str(ROOT / "run.py"), *OPTIONS, "--output-folder", str(folder), *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_for(process, folder, text):
-    """Wait until metrics.jsonl holds `text` or the process is gone."""
-    path = folder / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and text in path.read_text()):
-        time.sleep(0.005)
-
-
-def events(folder, name="metrics.jsonl"):
-    """The run's JSON lines without what time alone decides."""
-    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
-
-
-def assert_same(folder, other):
-    for name in ("model.pt", "checkpoints/step_000000012.pt"):
-        kind = checkpoints.MODEL if name == "model.pt" else checkpoints.TRAINING
-        mine, theirs = (checkpoints.load(place / name, kind) for place in (folder, other))
-        assert all(torch.equal(mine["model"][key], theirs["model"][key]) for key in theirs["model"])
-        assert mine.get("progress") == theirs.get("progress") and mine.get("test") == theirs.get("test")
-    assert events(folder) == events(other)
-    board = EventAccumulator(str(folder / "logs"))
-    board.Reload()
-    assert [event.step for event in board.Scalars("loss/train/total")] == [3, 4, 7, 8, 11, 12]
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -72,71 +52,68 @@ def test_a_signal_loses_no_step_and_the_resumed_run_is_bitwise_the_same(number, 
     step = int(errors.split("after step ")[1].split(";")[0])
     assert 4 <= step <= 12 and (tmp_path / f"checkpoints/step_{step:09d}.pt").is_file()
     run.main(["--resume", "--output-folder", str(tmp_path)])
-    assert_same(tmp_path, uninterrupted)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_kill_9_at_random_instants_is_survived_by_one_command(uninterrupted, tmp_path):
+    """Every attempt is killed a little later, until one gets through; the first begins, the others go on."""
+    generator = random.Random(0)
+    for text in ('"step": 3', '"test"', '"step": 7'):
+        process = start(tmp_path, "--resume", "auto", "--save-minutes", "1e-9")  # every step: kills meet saves
+        wait_for(process, tmp_path, text)
+        time.sleep(generator.uniform(0, 0.05))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        training.load(path, training.TRAINING)
+    (tmp_path / "checkpoints/step_000000009.pt.unfinished").write_bytes(b"what a kill in the middle of a save leaves")
+    run.main([*OPTIONS, "--resume", "auto", "--output-folder", str(tmp_path)])
+    assert_same_run(tmp_path, uninterrupted)
+    assert not list(tmp_path.rglob("*.unfinished"))
 
 
 def test_tensorboard_reads_the_attempts_in_their_order_however_soon_they_follow(tmp_path, monkeypatch):
     """The number of a process may sort before that of an earlier one."""
     for process, step in ((9, 0), (10, 2), (11, 4)):
-        monkeypatch.setattr(os, "getpid", lambda: process)
-        with tracking.Tracker(tmp_path, step=step) as tracker:
-            for later in (1, 2, 3):
-                tracker.scalars(step + later, {"loss": process})
-    board = EventAccumulator(str(tmp_path / "logs"))
-    board.Reload()
-    assert [(event.step, event.value) for event in board.Scalars("loss")] == [
-        *((step, 9) for step in (1, 2)),
-        *((step, 10) for step in (3, 4)),
-        *((step, 11) for step in (5, 6, 7)),
-    ]
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        attempt = training.Run(tmp_path, SimpleNamespace(), {}, 1, 9, 1)
+        attempt.step = step
+        with attempt:
+            for attempt.step in range(step + 1, step + 4):
+                attempt.scalars({"loss": process})
+    assert curves(tmp_path)["loss"] == [(1, 9), (2, 9), (3, 10), (4, 10), (5, 11), (6, 11), (7, 11)]
 
 
 LONG_STEP = """
-import hashlib, sys
+import sys, time
 sys.path.insert(0, sys.argv[1])
-from utils import loop
-with loop.Keeper(None, None, None, None):
+from utils import training
+with training.Run(sys.argv[2], None, {}, 1, 1, 1):
     print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in one call, in which Python runs no handler
+    time.sleep(60)
 """
 
 
-def test_a_second_signal_does_not_wait_for_the_step():
-    command = [sys.executable, "-c", LONG_STEP, str(ROOT)]
+def test_a_second_signal_does_not_wait_for_the_step(tmp_path):
+    command = [sys.executable, "-c", LONG_STEP, str(ROOT), str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
-    for wait in (2.1, 0):  # sooner, it would count as a copy of the first
+    for number, wait in ((signal.SIGTERM, 0), (signal.SIGTERM, 2.1), (signal.SIGINT, 0)):  # the second is a copy
         assert process.poll() is None
-        process.terminate()
+        process.send_signal(number)
         time.sleep(wait)
-    assert process.communicate(timeout=30)[1] == "stopped at once, without saving\n" and process.returncode == 143
+    assert process.communicate(timeout=30)[1] == "stopped at once, without saving\n" and process.returncode == 130
 
 
-def test_kill_9_at_random_instants_is_survived(uninterrupted, tmp_path):
-    """Every attempt is killed a little later, until one gets through."""
-    generator, kills = random.Random(0), 0
-    process = start(tmp_path, "--save-minutes", "1e-9")  # saves after every step, so that kills meet saves
-    while True:
-        wait_for(process, tmp_path, f'"step": {3 + 4 * kills}')
-        time.sleep(generator.uniform(0, 0.05))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        kills += 1
-        if kills == 2:
-            break
-        process = start(tmp_path, "--resume")
-    assert not [path for path in (tmp_path / "checkpoints").glob("*.pt") if not is_whole(path)]
-    (tmp_path / "checkpoints/step_000000009.pt.unfinished").write_bytes(b"what a kill in the middle of a save leaves")
-    run.main(["--resume", "--output-folder", str(tmp_path)])
-    assert_same(tmp_path, uninterrupted)
-    assert not list(tmp_path.rglob("*.unfinished"))
+def test_a_killed_loading_process_is_one_line(tmp_path, monkeypatch, line_of_error):
+    def killing(*arguments, train_step=run.train_step):
+        for child in multiprocessing.active_children():
+            child.kill()
+        return train_step(*arguments)
 
-
-def is_whole(path):
-    try:
-        return bool(checkpoints.load(path, checkpoints.TRAINING))
-    except console.RunError:
-        return False
+    monkeypatch.setattr(run, "train_step", killing)
+    status, line = line_of_error(run.main, [*OPTIONS, "--cache", "none", "--output-folder", str(tmp_path)])
+    assert status == 1 and "a data-loading process died" in line and "--workers 0" in line
 
 
 def test_a_signal_leaves_a_test_at_once_and_the_resumed_run_repeats_it(uninterrupted, tmp_path, monkeypatch):
@@ -151,12 +128,12 @@ def test_a_signal_leaves_a_test_at_once_and_the_resumed_run_repeats_it(uninterru
             yield batch
 
     monkeypatch.setattr(batches.Batches, "in_order", terminating)
-    with pytest.raises(console.Terminated, match="after step 8"):
+    with pytest.raises(runtime.Terminated, match="after step 8"):
         run.main([*OPTIONS, "--output-folder", str(tmp_path)])
     monkeypatch.undo()
-    assert drawn == [23, 3] and [event["step"] for event in events(tmp_path) if event["event"] == "test"] == [4]
+    assert drawn == [23, 3] and [event["step"] for event in events(tmp_path, "test")] == [4]
     run.main(["--resume", "--output-folder", str(tmp_path)])
-    assert_same(tmp_path, uninterrupted)
+    assert_same_run(tmp_path, uninterrupted)
 
 
 HEAD = ["--dataset", "digits", "--workers", "0", "--arch", "patchy", "--encoder-arch", "pyramid", "--ngf", "8"]
@@ -167,36 +144,23 @@ def test_a_classifier_stopped_in_an_epoch_goes_on_bitwise_the_same(tmp_path, mon
     whole = classifier.main([*HEAD, "--output-folder", str(tmp_path / "whole")])
     train_step = classifier.train_step
 
-    def interrupting(args, network, optimizer, x, labels, batch_size, progress):
-        train_step(args, network, optimizer, x, labels, batch_size, progress)
-        if progress.step == 5:
+    def interrupting(settings, network, optimizer, x, labels, step, *more):
+        if step == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
+        return train_step(settings, network, optimizer, x, labels, step, *more)
 
     monkeypatch.setattr(classifier, "train_step", interrupting)
-    with pytest.raises(console.Terminated, match="after step 5"):  # status 143
+    with pytest.raises(runtime.Terminated, match="after step 5"):  # status 143
         classifier.main([*HEAD, "--output-folder", str(tmp_path / "parts")])
     monkeypatch.undo()
-    assert classifier.main(["--resume", "--output-folder", str(tmp_path / "parts")]) == whole
-    (mine, theirs), (my_lines, their_lines) = (
-        [read(tmp_path / name) for name in ("parts", "whole")] for read in (classifier_state, classifier_events)
-    )
-    assert all(torch.equal(mine["model"][name], theirs["model"][name]) for name in theirs["model"])
-    assert mine["progress"] == theirs["progress"] and my_lines == their_lines
-
-
-def classifier_state(folder):
-    assert (folder / "checkpoint.pt").resolve() == (folder / "checkpoints_classifier/step_000000008.pt").resolve()
-    return checkpoints.load(folder / "checkpoint.pt", checkpoints.CLASSIFIER)
-
-
-def classifier_events(folder):
-    return events(folder, "classifier.jsonl")
+    assert classifier.main([*HEAD, "--resume", "auto", "--output-folder", str(tmp_path / "parts")]) == whole
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", ["best.pt", "checkpoints_classifier"],
+                    "classifier.jsonl", "logs_classifier")
 
 
 def test_flipped_bits_and_cuts_are_noticed(uninterrupted, tmp_path):
-    whole = (uninterrupted / "checkpoints/step_000000012.pt").read_bytes()
+    whole, content = (uninterrupted / LAST).read_bytes(), training.load(uninterrupted / LAST, training.TRAINING)
     generator, path = random.Random(1), tmp_path / "damaged.pt"
-    content = checkpoints.load(uninterrupted / "checkpoints/step_000000012.pt", checkpoints.TRAINING)
     for trial in range(40):
         damaged = bytearray(whole)
         if trial % 4 == 0:
@@ -204,20 +168,23 @@ def test_flipped_bits_and_cuts_are_noticed(uninterrupted, tmp_path):
         else:
             damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
         path.write_bytes(damaged)
-        try:
-            read = checkpoints.load(path, checkpoints.TRAINING)
-        except console.RunError:
-            continue
-        # A bit that nothing reads, such as padding between the archive's parts: then all that is read must be right.
-        assert all(torch.equal(read["model"][name], content["model"][name]) for name in content["model"])
-        assert read["progress"] == content["progress"] and read["args"] == content["args"]
+        with contextlib.suppress(runtime.RunError):
+            read = training.load(path, training.TRAINING)
+            # A bit that nothing reads, such as padding between the archive's parts: all that is read must be right.
+            assert all(torch.equal(read["model"][name], content["model"][name]) for name in content["model"])
+            assert read["progress"] == content["progress"] and read["args"] == content["args"]
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, tmp_path, capsys):
-    for name in ("step_000000008.pt", "step_000000012.pt"):
-        content = (uninterrupted / "checkpoints" / name).read_bytes()
-        (tmp_path / name).write_bytes(content if "8" in name else content[:-100])
-    assert checkpoints.newest(str(tmp_path), checkpoints.TRAINING)["progress"]["step"] == 8
+@pytest.mark.parametrize("damage", ["cut", "not a number"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
+    if damage == "cut":
+        (tmp_path / LAST).write_bytes((uninterrupted / LAST).read_bytes()[:-100])
+    else:
+        content = training.load(tmp_path / LAST, training.TRAINING)
+        next(iter(content["model"].values())).fill_(float("nan"))
+        torch.save(content, tmp_path / LAST)
+    assert training.newest(str(tmp_path / "checkpoints"), training.TRAINING)["progress"]["step"] == 8
     warning = capsys.readouterr().err
     assert "step_000000012.pt" in warning and "the one before" in warning and warning.count("\n") == 1
 
@@ -228,67 +195,125 @@ def test_a_run_goes_on_from_an_older_checkpoint_in_its_own_folder(uninterrupted,
     run.main(["--resume", str(older), "--num-epochs", "2"])
     assert [path.name for path in sorted(older.parent.iterdir())] == ["step_000000004.pt", "step_000000008.pt"]
     run.main([*OPTIONS, "--resume", "--output-folder", str(tmp_path / "run")])  # the first command again
-    assert_same(tmp_path / "run", uninterrupted)
+    assert_same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize("force", [None, "1"])
+@pytest.mark.parametrize("force", ["0", "1"])
 def test_a_hostile_file_is_refused_unread(force, tmp_path, monkeypatch):
     class Hostile:
         def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/executed",)
+            return os.mkdir, (f"{tmp_path}/executed",)
 
-    if force:
-        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
-    torch.save({"kind": checkpoints.MODEL, "options": Hostile()}, tmp_path / "model.pt")
-    with pytest.raises(console.RunError, match="model.pt"):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
+    torch.save({"kind": training.MODEL, "options": Hostile()}, tmp_path / "model.pt")
+    with pytest.raises(runtime.RunError, match="model.pt"):
         run.main(["--evaluate", "--output-folder", str(tmp_path)])
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_folder_in_use_is_refused_and_a_killed_holder_does_not_block(tmp_path):
-    process = start(tmp_path, "--num-epochs", "1000")
+# ------------------------------------------------------------------------------------------------ the output folder
+
+
+def test_a_folder_in_use_is_refused_and_a_killed_holder_does_not_block(tmp_path, monkeypatch):
+    locked, process = runtime.locked, start(tmp_path, "--num-epochs", "1000")
     wait_for(process, tmp_path, '"step": 3')
     again = [*OPTIONS, "--num-epochs", "1", "--output-folder", str(tmp_path), "--overwrite"]
-    with pytest.raises(console.RunError, match=f"in use by process {process.pid}"):
+    monkeypatch.setattr(runtime, "locked", lambda path, patience, words: locked(path, patience / 100, words))
+    with pytest.raises(runtime.RunError, match="in use by another run"):
         run.main(again)
+    monkeypatch.undo()
     assert '"step": 3' in (tmp_path / "metrics.jsonl").read_text()
-    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)  # its data-loading process ends by itself
     process.communicate()
     run.main(again)
     assert len(events(tmp_path)) == 4  # two windows, a test, the end
 
 
-def test_a_folder_that_was_killed_while_it_was_cleared_can_be_overwritten(tmp_path, monkeypatch):
-    contents = ("args.json", "model.pt", "metrics.jsonl")
-    for killed_after in range(4):
-        for name in contents:
-            (tmp_path / name).touch()
-        unlink, removed = Path.unlink, []
+def test_without_locks_a_run_warns_once_and_goes_on(tmp_path, monkeypatch, capsys):
+    def unable(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
 
-        def killed(path):
-            if len(removed) == killed_after:
-                raise KeyboardInterrupt
-            removed.append(path)
-            unlink(path)
-
-        monkeypatch.setattr(Path, "unlink", killed)
-        with contextlib.suppress(KeyboardInterrupt):
-            tracking.prepare_folder(tmp_path, contents, overwrite=True)
-        monkeypatch.undo()
-        tracking.prepare_folder(tmp_path, contents, overwrite=True)
-        assert not [name for name in contents if (tmp_path / name).exists()]
+    monkeypatch.setattr(fcntl, "flock", unable)
+    for _ in range(2):
+        training.prepare_folder(tmp_path, run.CONTENTS, run.KEPT)
+    warning = capsys.readouterr().err
+    assert "cannot be locked" in warning and "No locks available" in warning and warning.count("\n") == 1
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_older_file(uninterrupted, tmp_path, monkeypatch):
+def test_a_folder_without_a_checkpoint_is_no_run(tmp_path, capsys):
+    """A first epoch that fails leaves nothing that the next try has to be told to replace."""
+    command = [*OPTIONS, "--output-folder", str(tmp_path)]
+    with pytest.raises(runtime.RunError, match="no finite number"):
+        run.main([*command, "--lr", "1e30"])
+    assert (tmp_path / "args.json").is_file() and (tmp_path / "logs").is_dir()
+    (tmp_path / "notes.txt").write_text("mine")
+    training.release(tmp_path)
+    run.main([*command, "--resume", "auto", "--num-epochs", "1"])
+    assert (tmp_path / "notes.txt").is_file() and len(list((tmp_path / "logs").iterdir())) == 1
+    with pytest.raises(runtime.UsageError, match="already holds a run"):
+        run.main(command)
+
+
+@pytest.mark.parametrize("script, options", [(run, OPTIONS), (classifier, HEAD)])
+def test_a_run_stopped_after_its_first_best_model_was_kept_can_go_on(script, options, tmp_path, monkeypatch):
+    """A best model without a checkpoint would be neither a run to go on with nor one to replace."""
+
+    def killed(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "tqdm", SimpleNamespace(write=killed))
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*options, "--output-folder", str(tmp_path)])
+    monkeypatch.undo()
+    script.main([*options, "--resume", "auto", "--output-folder", str(tmp_path)])
+    name = "metrics.jsonl" if script is run else "classifier.jsonl"
+    tests = [event["epoch"] for event in events(tmp_path, "test", name)]
+    assert tests == list(range(1, len(tests) + 1)) and len(tests) > 1
+
+
+@pytest.mark.parametrize("killed_after", range(4))
+def test_a_folder_that_was_killed_while_it_was_cleared_can_be_overwritten(killed_after, tmp_path, monkeypatch):
+    contents, unlink, removed = ("args.json", "model.pt", "metrics.jsonl"), Path.unlink, []
+    for name in contents:
+        (tmp_path / name).write_text('{"encoder_arch": "resnet"}')
+
+    def killed(path):
+        if len(removed) == killed_after:
+            raise KeyboardInterrupt
+        removed.append(path)
+        unlink(path)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        training.prepare_folder(tmp_path, contents, (), overwrite=True)
+    monkeypatch.undo()
+    training.prepare_folder(tmp_path, contents, (), overwrite=True)
+    assert not [name for name in contents if (tmp_path / name).exists()]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
-    checkpoints.save(path, {"kind": checkpoints.MODEL, "value": 1})
+    content = {"kind": training.MODEL, "model": {}}
+    training.save(path, {**content, "value": 1})
 
     def full(descriptor):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        checkpoints.save(path, {"kind": checkpoints.MODEL, "value": 2})
-    assert checkpoints.load(path, checkpoints.MODEL)["value"] == 1 and [p.name for p in tmp_path.iterdir()] == [
-        "model.pt"
-    ]
+        training.save(path, {**content, "value": 2})
+    assert training.load(path, training.MODEL)["value"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_folders_whose_names_are_no_text_survive_a_training(tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    paint_classes(odd / "images" / "train")
+    (deep := tmp_path / ("x" * 117)).mkdir()  # no name for a socket
+    short = ["--img-per-epoch", "8", "--batch-size", "4", "--num-epochs", "1", "--size", "32"]
+    data = ["--dataset", "folder", "--data-folder", odd / "images", "--output-folder", odd / "out"]
+    done = call("run.py", *OPTIONS, *short, *data, env={**os.environ, "PYTHONUTF8": "1", "TMPDIR": str(deep)})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    call("run.py", "--resume", odd / "out", "--num-epochs", "2")
+    assert [event["epoch"] for event in events(odd / "out", "test")] == [1, 2]
+    assert "caf" in done.stdout and len(curves(shutil.move(odd / "out", tmp_path / "text"))["loss/test/total"]) == 2

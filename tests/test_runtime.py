@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import GPUS, TINY, call
 
-from utils import ranks, runtime
-from utils.console import UsageError
+from utils import runtime
+from utils.runtime import UsageError
 
 MACHINES = {  # the GPUs that each process is shown, by the machine's own numbers; which it takes; do two meet?
     "alone": ([[0, 1]], [0], False),
@@ -26,12 +26,13 @@ def test_every_process_takes_a_gpu_of_its_own(monkeypatch, shown, expected, meet
     taken, names = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(ranks, "clash", names.append)
+    monkeypatch.setattr(runtime, "_is_shared", names.append)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as it was, afterwards
     for own, gpus in enumerate(shown):
-        monkeypatch.setattr(ranks, "local_rank", lambda: own)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(uuid=f"GPU-{gpus[gpu]}"))
+        monkeypatch.setattr(runtime, "local_rank", lambda own=own: own)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_properties",
+                            lambda gpu, gpus=gpus: SimpleNamespace(uuid=f"GPU-{gpus[gpu]}"))
         runtime.choose_device()
     assert taken == expected and (len(set(names)) < len(names)) == meet
 
@@ -39,27 +40,39 @@ def test_every_process_takes_a_gpu_of_its_own(monkeypatch, shown, expected, meet
 @pytest.mark.parametrize("other, meet", [("this machine", True), ("that machine", False)])
 def test_processes_with_one_name_are_noticed(monkeypatch, other, meet):
     said = []
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    monkeypatch.setattr(ranks, "total", lambda own: said.append(own) or sum(said))
-    monkeypatch.setattr(ranks, "rank", lambda: len(said))
-    ranks.clash("this machine")
-    assert ranks.clash(other) == meet
+    monkeypatch.setattr(runtime, "count", lambda: 2)
+    monkeypatch.setattr(runtime, "total", lambda own: said.append(own) or sum(said))
+    monkeypatch.setattr(runtime, "rank", lambda: len(said))
+    assert [runtime._is_shared(name) for name in ("this machine", other)][1] == meet
 
 
-def test_processes_that_share_a_gpu_are_told(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(uuid="GPU-0"))
-    monkeypatch.setattr(ranks, "clash", lambda name: True)
-    with pytest.raises(UsageError, match="two processes of this job have the same GPU"):
-        runtime.choose_device()
-
-
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+@pytest.mark.parametrize("gpu, processes, words", [
+    (None, 1, "two processes of this job have the same GPU"),
+    (2, 1, "--gpu 2: this machine has the GPUs 0 to 1"),
+    (0, 2, "--gpu 0: of several processes each has its own GPU"),
+])
+def test_a_gpu_that_cannot_be_taken_is_refused(gpu, processes, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UsageError, match="--gpu 2: this machine has the GPUs 0 to 1"):
-        runtime.choose_device(gpu=2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(uuid="GPU-0"))
+    monkeypatch.setattr(runtime, "_is_shared", lambda name: True)
+    monkeypatch.setattr(runtime, "count", lambda: processes)
+    with pytest.raises(UsageError, match=words):
+        runtime.choose_device(gpu=gpu)
+
+
+@pytest.mark.parametrize("error, words", [
+    (MemoryError(), "out of memory; try a smaller --batch-size or --size"),
+    (RuntimeError("gloo: connection closed by peer\nat"), "lost the other processes of this job"),
+    (OSError(24, "Too many open files", b"caf\xe9.jpg"), "ulimit -n"),
+    (OSError(28, "No space left on device", "model.pt"), "model.pt: No space left on device; free some space"),
+])
+def test_what_the_machine_lacks_is_said_in_one_line(error, words, line_of_error):
+    def main(argv):
+        raise error
+
+    status, line = line_of_error(main, [])
+    assert status == 1 and words in line
 
 
 def has_gpu():
@@ -74,16 +87,16 @@ def test_the_scripts_run_on_a_gpu(tmp_path):
     env |= {} if GPUS is None else {"CUDA_VISIBLE_DEVICES": GPUS}
     trained, head = ["--pretrained", tmp_path / "run" / "model.pt"], ["--output-folder", tmp_path / "head"]
     judge = ["classifier.py", "--dataset", "digits", "--arch", "patchy", *trained, "--label-fraction", "0.2"]
+    vae = ["--arch", "vae", "--precision", "fp32", "--recon-mask", "edge", "--output-folder", tmp_path / "vae"]
     for command in (
         ["run.py", "--dataset", "digits", *TINY, "--output-folder", tmp_path / "run"],
         ["run.py", "--resume", "--num-epochs", "2", "--output-folder", tmp_path / "run"],
-        ["run.py", "--dataset", "digits", *TINY, "--arch", "vae", "--precision", "fp32", "--recon-mask", "edge",
-         "--output-folder", tmp_path / "vae"],
+        ["run.py", "--dataset", "digits", *TINY, *vae],
         [*judge, "--freeze", "-1", "--standardise", "--lr", "0.01", "--epochs", "1", *head],
         [*judge, "--freeze", "conv1", "--lr", "0.01", "--epochs", "1", "--output-folder", tmp_path / "tuned"],
         [*judge, "--linear", "--knn", "--output-folder", tmp_path / "probes"],
         ["utils/parts.py", *trained],
-    ):  # fmt: skip
+    ):
         done = call(*command, env=env)
         assert done.returncode == 0, done.stderr
         assert "CUDA" in done.stdout or command[0].startswith("utils"), done.stdout

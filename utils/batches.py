@@ -17,7 +17,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -41,14 +40,14 @@ LONGEST = 16  # times its width may an image be high, or the reverse, before its
 # ---------------------------------------------------------------------------------------------------- pixels
 
 
-def resize_and_crop(image, size):
+def resize_and_crop(image, size, how=transforms.InterpolationMode.BILINEAR):
     """PIL image -> size×size: the shorter side resized (antialiased), the middle of the longer one kept."""
     if image.size == (size, size):
         return image
     longest = LONGEST * min(image.size)
     if max(image.size) > longest:  # resizing all of it could take gigabytes
         image = transforms.center_crop(image, [min(image.height, longest), min(image.width, longest)])
-    return transforms.center_crop(transforms.resize(image, size), size)
+    return transforms.center_crop(transforms.resize(image, size, how), size)
 
 
 class Pixels(torch.utils.data.Dataset):
@@ -138,9 +137,6 @@ class Loading(NamedTuple):
     skip_broken: bool = False
 
 
-AT_ONCE = Loading()  # in the main process, anew each time
-
-
 def open_batches(settings, sources, device):
     """Batches for each of the image sources, as the data options say: a list. Raises RunError."""
     if min(map(len, sources)) < runtime.count():
@@ -158,7 +154,8 @@ def open_batches(settings, sources, device):
 class Batches:
     """An image source as normalised float batches on `device`; the host sends uint8."""
 
-    def __init__(self, source, form, device, loading=AT_ONCE):
+    def __init__(self, source, form, device, loading=None):
+        loading = loading or Loading()
         self.pixels, self.device, self.flip = Pixels(source, form.size), device, form.flip
         self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (form.mean, form.std))
         self.workers = min(loading.workers, -(-(os.cpu_count() or 1) // runtime.local_count()))
@@ -241,24 +238,18 @@ class Batches:
             worker_init_fn=_quiet_worker,
         )
         try:
-            iterator = iter(loader)
-            _let_die(loader.num_workers)
-            for pixels, errors in iterator:
+            for pixels, errors in loader:
                 if errors and broken is None:
                     raise RunError(next(iter(errors.values())))
                 if errors:
                     broken.update(errors)
                 yield torch.from_numpy(pixels)
         except OSError as error:
-            sys.unraisablehook = lambda _: None  # torch's half-made loader would complain of itself when it goes
+            sys.unraisablehook = lambda _: None  # torch's half-made iterator would complain when it goes
             raise RunError(
-                f"no data-loading processes ({error.strerror or error}): use --workers 0, or raise `ulimit -n` and the "
-                "size of /dev/shm"
+                f"the data-loading processes do not start ({error.strerror or error}): use --workers 0, or raise "
+                "`ulimit -n` (open files) or the size of /dev/shm"
             ) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunError(f"a data-loading process died ({str(error).splitlines()[0]}); try --workers 0") from None
 
     def _normalise(self, pixels, mirrored=None):
         if mirrored is not None:
@@ -269,12 +260,6 @@ class Batches:
 
 def _as_it_is(batch):
     return batch
-
-
-def _let_die(workers):
-    """The loader notices a dead process by itself; torch's handler would raise wherever the program happens to be."""
-    if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _quiet_worker(worker):
@@ -493,8 +478,11 @@ def choose_cache(wanted, sources, size, device, folder):
             f"--cache {wanted}: {amount(needed)} of decoded images do not fit into {amount(free[mode])} of free "
             "memory; use --cache disk or none"
         )
-    places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}", "none": "nowhere"}
-    print(f"cache: {amount(needed)} of decoded images are kept {places[mode]}")
+    places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}"}
+    if mode in places:
+        print(f"cache: {amount(needed)} of decoded images are kept {places[mode]}")
+    else:
+        print("cache: none: an image is decoded whenever it is needed")
     return mode
 
 

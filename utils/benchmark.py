@@ -3,41 +3,132 @@
     python utils/benchmark.py
     python utils/benchmark.py --settings cifar --curves --output benchmark.json
 
-Both variants take turns on the same JPEG files, which are written to a temporary folder; what is shown are medians over
+Both loops take turns on the same JPEG files, which are written to a temporary folder; what is shown are medians over
 the turns. Ours is measured once every image is decoded, as from the second epoch on.
 """
 
-import concurrent.futures
-import multiprocessing
+import contextlib
+import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, Normalize, RandomHorizontalFlip, Resize, ToTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import console, runtime, tracking  # noqa: E402
-from utils.variants import QUICK, SETTINGS, VARIANTS  # noqa: E402
+import classifier
+import modules
+import run
+from datasets import normalisation, open_split
+from utils import options, runtime
+from utils.batches import open_batches
 
-ROOT = Path(__file__).resolve().parent.parent
+HEAD = "--arch patchy --random-init --freeze -1 --inet --lr 0.01"
+TINY = "--size 16 --scale 4 --ngf 8 --encoder-arch pyramid --workers 0"
+# Script, its options, width and height of the JPEG files, images of a batch on a GPU and on a CPU, which is slower.
+SETTINGS = {
+    "cifar": ("run", "--size 32 --inet", (32, 32), 128, 128),
+    "places": ("run", "--size 64 --inet", (256, 256), 128, 64),
+    "imagenet": ("run", "--size 224 --scale 32 --num-parts 64 --hidden-size 16 --inet --lr 2e-4", (500, 375), 256, 16),
+    "resnet18": ("classifier", "--arch resnet18 --size 64 --inet", (256, 256), 256, 64),
+    "head": ("classifier", f"{HEAD} --size 64", (256, 256), 256, 64),
+}
+QUICK = {"run": ("run", TINY, (24, 20), 8, 8), "classifier": ("classifier", f"{HEAD} {TINY}", (24, 20), 8, 8)}
 CURVES = {"batch-size": (32, 64, 128, 256, 512, 1024), "num-parts": (4, 16, 64, 256), "size": (32, 64, 128, 224)}
-CURVE_BATCH = 32  # where it is not the batch that grows
+SCRIPTS = {"run": run, "classifier": classifier}
 
 
-# ---------------------------------------------------------------------------------------------------- measuring
+def plain_loop(script, typed):
+    """Training as a first implementation is written: Pillow in loader processes in every epoch, eager, float32.
+
+    `batches(steps)` yields (x: B×C×H×W, labels: B), `step(x, labels)` is one optimiser step and returns the loss.
+    """
+    s, model, device = prepare(script, [*typed, "--precision", "fp32"])
+    pixels = ToTensor(), Normalize(*normalisation(3, s.inet))
+    files = ImageFolder(s.data_folder, Compose([Resize(s.size), CenterCrop(s.size), RandomHorizontalFlip(), *pixels]))
+    order, workers = [], min(s.workers, os.cpu_count())  # `order` is of one turn; the processes stay for the next
+    loader = DataLoader(files, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0,
+                        pin_memory=device.type == "cuda")
+    optimizer = (torch.optim.Adam(model.parameters(), s.lr, betas=(0.5, 0.999)) if script == "run" else
+                 torch.optim.SGD(model.parameters(), s.lr, momentum=0.9, weight_decay=1e-4))
+
+    def batches(steps):
+        order[:] = np.random.default_rng(0).integers(len(files), size=(steps, s.batch_size)).tolist()
+        return ((x.to(device), labels.to(device)) for x, labels in loader)
+
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=True)  # torch's default on a GPU; ours is true float32
+    def step(x, labels):
+        if script == "run":
+            loss = modules.loss_terms(x, model(x, s.temp), s.beta_a, s.beta_v)["total"].mean()
+        else:
+            loss = F.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return SimpleNamespace(settings=s, device=device, model=model, batches=batches, step=step)
 
 
-def write_images(folder, setting):
+def our_loop(script, typed):
+    """Training as run.py and classifier.py do it, with their own functions; see plain_loop."""
+    s, model, device = prepare(script, typed)
+    network = model = runtime.channels_last(model)
+    (train,) = open_batches(s, [open_split("folder", s.data_folder, "train", s.size)], device)
+    if script == "classifier":
+        network, train, _ = classifier.skip_frozen_encoder(s, model, train, train)
+    for _ in train.in_order(s.batch_size):
+        pass  # now every image is decoded
+    optimizer = SCRIPTS[script].build_optimizer(s, model)
+    network = runtime.compiled(network, s.compile).train()
+    stream, number = train.training(s.batch_size, s.seed, 1, 10**9), count(1)
+
+    def step(x, labels):
+        if script == "run":
+            return run.train_step(s, network, optimizer, x, next(number), s.temp, s.batch_size)
+        return classifier.train_step(s, network, optimizer, x, labels, next(number), s.lr, s.batch_size)
+
+    return SimpleNamespace(settings=s, device=device, model=model, batches=partial(islice, stream), step=step)
+
+
+def prepare(script, typed):
+    """The settings that the script itself would have, its model with the weights of a fresh start, and the device."""
+    settings = SCRIPTS[script].parse(typed)[0]
+    device = runtime.choose_device(settings.no_cuda)
+    settings = settings.changed(precision=runtime.choose_precision(settings.precision, device))
+    torch.manual_seed(settings.seed)
+    if script == "run":
+        model = modules.build_model(options.describe_model(settings))
+    else:
+        model = classifier.build_model(settings, classes=2)
+        classifier.prepare_layers(settings, model)
+    return settings, model.to(device).train(), device
+
+
+def open_loop(name, script, typed):
+    """The loop "plain" or "ours", opened without what the scripts print."""
+    with contextlib.redirect_stdout(None):
+        return {"plain": plain_loop, "ours": our_loop}[name](script, typed)
+
+
+def write_images(folder, count, width, height):
     """Fill `folder` with two classes of JPEG files that take as long to decode as photographs of their size."""
-    generator, (width, height) = np.random.default_rng(0), setting.pixels
-    for number in range(setting.files):
+    generator = np.random.default_rng(0)
+    for number in range(count):
         path = Path(folder, "ab"[number % 2], f"{number}.jpg")
         path.parent.mkdir(exist_ok=True)
         coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), np.uint8)).resize((width, height))
@@ -45,145 +136,118 @@ def write_images(folder, setting):
         Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(path, quality=85)
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def turn(variant, steps):
-    """One turn: seconds per image end to end and of the step alone, and the share of time spent waiting for data."""
-    source, waited = variant.batches(steps), 0.0
-    batch = next(source)  # the clock starts with full hands: loader processes have been given a start
-    synchronise(variant.device)
-    started = time.perf_counter()
-    while batch is not None:
-        variant.step(*batch)
-        held, asked = batch, time.perf_counter()
-        batch = next(source, None)
-        waited += time.perf_counter() - asked
-    synchronise(variant.device)
-    seconds, started = time.perf_counter() - started, time.perf_counter()
-    for _ in range(steps):
-        variant.step(*held)
-    synchronise(variant.device)
-    images = steps * variant.batch_size
-    return seconds / images, (time.perf_counter() - started) / images, waited / seconds
-
-
-def product_rate(dtype, device):
-    """FLOPs per second of a large matrix product: what the machine can do, at this moment."""
-    side = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    a @ a
-    synchronise(device)
-    started = time.perf_counter()
-    for _ in range(3):
-        a @ a
-    synchronise(device)
-    return 3 * 2 * side**3 / (time.perf_counter() - started)
-
-
-def flops_per_image(variant, batch):
-    """FLOPs of convolutions and matrix products in a training step, per image."""
-    with FlopCounterMode(display=False) as counter:
-        variant.step(*batch)
-    return counter.get_total_flops() / variant.batch_size
-
-
-def peak_memory(name, setting, folder, device):
-    """Bytes at the peak of the GPU, or of this process, made for that; its loader processes are not counted."""
-    runtime.choose_device(device.type == "cpu")
-    variant = VARIANTS[name](setting, folder, device)
-    for batch in variant.batches(2):
-        variant.step(*batch)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:  # Linux: its ru_maxrss would begin with that of the process which started this one
-        with open("/proc/self/status", encoding="utf-8") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def measure(setting, folder, device, rounds, steps):
-    """Medians over `rounds` turns of both variants: a dict of dicts of numbers."""
-    variants = {name: kind(setting, folder, device) for name, kind in VARIANTS.items()}
-    flops = {name: flops_per_image(variant, next(variant.batches(1))) for name, variant in variants.items()}
-    turns = {name: [] for name in variants}
-    dtypes = {name: used_dtype(name, variant.args) for name, variant in variants.items()}
-    rates = {dtype: [] for dtype in dtypes.values()}
-    for variant in variants.values():
-        turn(variant, 2)  # kernels are chosen or compiled
+def measure(script, typed, rounds, steps):
+    """Print medians over `rounds` turns of both loops. Returns a dict of dicts of numbers."""
+    loops = {name: open_loop(name, script, typed) for name in ("plain", "ours")}
+    flops = {name: flops_per_image(loop) for name, loop in loops.items()}
+    for loop in loops.values():
+        turn(loop, 2)  # kernels are chosen or compiled
+    turns, figures = {name: [] for name in loops}, {}
     for _ in range(rounds):
-        for dtype, found in rates.items():
-            found.append(product_rate(dtype, device))
-        for name, variant in variants.items():
-            turns[name].append(turn(variant, steps))
-    figures = {}
-    for name in variants:
-        whole, step, waiting = (statistics.median(column) for column in zip(*turns[name]))
-        reached, possible = flops[name] / step, statistics.median(rates[dtypes[name]])
+        for name, loop in loops.items():
+            turns[name].append((*turn(loop, steps), product_rate(loop)))
+    for name in loops:
+        whole, step, waiting, rate = np.median(turns[name], axis=0).tolist()
+        reached, memory = flops[name] / step, in_own_process(peak_memory, name, script, typed)
         figures[name] = {"images_per_second": 1 / whole, "step_only": 1 / step, "waiting": waiting,
-                         "flops_per_second": reached, "share_of_product": reached / possible}
-    pairs = [[a / b for a, b in zip(plain, ours)][:2] for plain, ours in zip(turns["plain"], turns["ours"])]
-    whole, step = (statistics.median(column) for column in zip(*pairs))
+                         "flops_per_second": reached, "share_of_product": reached / rate, "peak_memory": memory}
+        print(f"  {name:5} {1 / whole:8,.1f} images/s, step {1 / step:8,.1f}, waiting {waiting:3.0%}, "
+              f"{reached / 1e9:7,.1f} GFLOP/s, {reached / rate:3.0%} of a product, peak {memory / 2**20:6,.0f} MiB")
+    whole, step, *_ = np.median(np.divide(turns["plain"], turns["ours"]), axis=0).tolist()
+    print(f"  ours is {whole:.2f} times as fast, its step {step:.2f} times", flush=True)
     return {**figures, "speed_up": whole, "speed_up_step": step}
 
 
-def used_dtype(name, args):
-    return torch.bfloat16 if name == "ours" and args.precision == "bf16" else torch.float32
+def turn(loop, steps):
+    """One turn: seconds per image end to end and of the step alone, and the share of time spent waiting for data."""
+    source, waited = loop.batches(steps), 0.0
+    batch = next(source)  # before the clock starts, so that loader processes are up
+    started = now(loop.device)
+    for _ in range(steps):
+        loop.step(*batch)
+        asked = time.perf_counter()
+        batch = next(source, batch)  # the last one stays
+        waited += time.perf_counter() - asked
+    ended = now(loop.device)
+    for _ in range(steps):
+        loop.step(*batch)
+    images = steps * loop.settings.batch_size
+    return (ended - started) / images, (now(loop.device) - ended) / images, waited / (ended - started)
+
+
+def now(device):
+    """Seconds on a clock, once `device` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def product_rate(loop):
+    """FLOPs per second of a large matrix product in the loop's precision: what the machine can do, at this moment."""
+    side = 8192 if loop.device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if loop.settings.precision == "bf16" else torch.float32
+    matrix = torch.randn(side, side, device=loop.device, dtype=dtype)
+    matrix @ matrix
+    started = now(loop.device)
+    for _ in range(3):
+        matrix @ matrix
+    return 3 * 2 * side**3 / (now(loop.device) - started)
+
+
+def flops_per_image(loop):
+    """FLOPs of convolutions and matrix products in a training step, per image."""
+    (batch,) = loop.batches(1)
+    with FlopCounterMode(display=False) as counter:
+        loop.step(*batch)
+    return counter.get_total_flops() / loop.settings.batch_size
+
+
+def in_own_process(function, *arguments):
+    """function(*arguments), computed by a fresh process, which has the whole GPU."""
+    torch.cuda.empty_cache()
+    with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:  # spawned, not forked
+        return pool.submit(function, *arguments).result()
+
+
+def peak_memory(name, script, typed):
+    """Bytes at the peak of the GPU, or of this process, which exists for that; loader processes are not counted."""
+    loop = open_loop(name, script, typed)
+    turn(loop, 1)
+    if loop.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(loop.device)
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()  # Linux's ru_maxrss begins with that of the process that started it
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def start_up(typed):
-    """Seconds from the command to the end of the first step of run.py."""
+    """Seconds from the command to the end of the first step of run.py with the options `typed`."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "run")
-        command = [sys.executable, str(ROOT / "run.py"), *typed, "--output-folder", str(output), "--log-interval", "1"]
-        started = time.perf_counter()
+        lines, started = Path(folder, "run", "metrics.jsonl"), time.perf_counter()
+        command = [sys.executable, run.__file__, *typed, "--log-interval", "1", "--output-folder", lines.parent]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        lines = output / "metrics.jsonl"
         while process.poll() is None and not (lines.exists() and lines.stat().st_size):
             time.sleep(0.01)
         seconds = time.perf_counter() - started
         process.kill()
-        process.wait()
-    if process.returncode > 0:
-        raise console.RunError(f"'{' '.join(command)}' ended with {process.returncode}; run it to see why")
+        if process.wait() > 0:
+            raise runtime.RunError(f"'run.py {' '.join(typed)}' ended with {process.returncode}; run it to see why")
     return seconds
 
 
-def start_ups(setting, folder, device, quick):
-    """Start-up seconds for drawn shapes and, unless it has to be quick, for a folder of images in a cache on disk."""
-    typed = [*setting.typed.split(), "--batch-size", str(setting.batch_on(device))]
-    typed += ["--no-cuda"] if device.type == "cpu" else []
-    drawn = start_up(["--dataset", "shapes", *typed])
-    if quick:
-        return {"shapes": drawn}
-    cached = ["--dataset", "folder", "--data-folder", str(folder), "--cache", "disk", *typed]
-    start_up(cached)  # builds the cache
-    return {"shapes": drawn, "cached folder": start_up(cached)}
-
-
-def curves(setting, folder, device, rounds):
+def curves(typed, rounds):
     """What an image costs as the batch, the parts or the image grow: {option: {value: figures}}."""
-    found = {}
-    for option, values in CURVES.items():
-        print("     work per image        time           rate  peak memory", flush=True)
-        for value in values:
-            grown = setting.plus(f"--workers 0 --batch-size {CURVE_BATCH} --{option} {value}")
-            variant = VARIANTS["ours"](grown, folder, device)
-            flops = flops_per_image(variant, next(variant.batches(1)))
-            seconds = statistics.median(turn(variant, 1)[1] for _ in range(rounds))
-            memory = in_own_process(peak_memory, "ours", grown, folder, device)
-            found.setdefault(option, {})[value] = {
-                "flops_per_image": flops, "seconds_per_image": seconds, "peak_memory": memory
-            }
-            print(f"  {flops / 1e6:10,.0f} MFLOP {seconds * 1e3:8.2f} ms {flops / seconds / 1e9:6,.0f} GFLOP/s "
-                  f"{memory / 2**20:8,.0f} MiB  --{option} {value}", flush=True)
+    found = {option: {} for option in CURVES}
+    for option, value in [(option, value) for option, values in CURVES.items() for value in values]:
+        grown = [*typed, "--workers", "0", "--batch-size", "32", f"--{option}", str(value)]
+        loop = open_loop("ours", "run", grown)
+        flops, seconds = flops_per_image(loop), float(np.median([turn(loop, 1)[1] for _ in range(rounds)]))
+        memory = in_own_process(peak_memory, "ours", "run", grown)
+        found[option][str(value)] = {"flops_per_image": flops, "seconds_per_image": seconds, "peak_memory": memory}
+        print(f"  an image {flops / 1e6:8,.0f} MFLOP {seconds * 1e3:6.2f} ms {flops / seconds / 1e9:6,.0f} GFLOP/s, "
+              f"peak {memory / 2**20:6,.0f} MiB  --{option} {value}", flush=True)
     return found
-
-
-# ---------------------------------------------------------------------------------------------------- the command
 
 
 def main(argv=None):
@@ -193,65 +257,44 @@ def main(argv=None):
     print(f"{runtime.describe(device)}; {args.rounds} turns of {args.steps} steps", flush=True)
     found = {"device": runtime.describe(device), "rounds": args.rounds, "settings": {}, **runtime.record()}
     for name in args.settings:
-        setting = QUICK[SETTINGS[name].is_classifier] if args.quick else SETTINGS[name]
-        setting = setting.plus("--compile") if args.compile else setting
+        script, words, pixels, batch, batch_on_cpu = QUICK[SETTINGS[name][0]] if args.quick else SETTINGS[name]
         with tempfile.TemporaryDirectory() as folder:
-            write_images(folder, setting)
-            figures = measure(setting, folder, device, args.rounds, args.steps)
-            for variant in VARIANTS:
-                figures[variant]["peak_memory"] = in_own_process(peak_memory, variant, setting, folder, device)
-            report(setting, figures)
-            found["settings"][name] = figures
-            if not setting.is_classifier and "start_up" not in found:  # of the first that run.py trains
-                found["start_up"] = start_ups(setting, folder, device, args.quick)
-                for what, seconds in found["start_up"].items():
-                    print(f"  from the command to the first step, {what}: {seconds:.1f} s", flush=True)
+            write_images(folder, 8 * batch_on_cpu, *pixels)
+            typed = ["--dataset", "folder", "--data-folder", folder, *words.split()]
+            typed += ["--batch-size", str(batch if device.type == "cuda" else batch_on_cpu)]
+            typed += ["--no-cuda"] * args.no_cuda + ["--compile"] * args.compile
+            print(f"{name}: {script}.py {words}", flush=True)
+            found["settings"][name] = measure(script, typed, args.rounds, args.steps)
+            if script == "run" and "start_up" not in found:  # once, for the first that run.py trains
+                found["start_up"] = {"shapes": start_up([*typed, "--dataset", "shapes"])}
+                if not args.quick:
+                    start_up([*typed, "--cache", "disk"])  # makes its file
+                    found["start_up"]["cached folder"] = start_up([*typed, "--cache", "disk"])
+                words = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in found["start_up"].items())
+                print(f"  from the command to the first step: {words}", flush=True)
                 if args.curves:
-                    found["curves"] = curves(setting, folder, device, args.rounds)
+                    found["curves"] = curves(typed, args.rounds)
     if args.output:
-        tracking.write_json(args.output, found)
+        runtime.write_json(args.output, found)
     return found
 
 
 def parse(argv):
-    """The checked command line `argv` as a namespace. Raises UsageError."""
-    parser = console.Parser(description=__doc__)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME",
-                        help=f"what to measure: {', '.join(SETTINGS)} (default: all, some minutes on two cores)")
-    parser.add_argument("--rounds", type=console.whole(1), default=5, metavar="K",
-                        help="turns of each variant; more where other programs disturb (default: %(default)s)")
-    parser.add_argument("--steps", type=console.whole(1), default=4, metavar="K",
-                        help="steps of a turn; more where loader processes are to settle (default: %(default)s)")
-    parser.add_argument("--curves", action="store_true",
-                        help="also what an image costs as batch, parts and image grow, in the first setting")
-    parser.add_argument("--compile", action="store_true",
-                        help="ours with --compile; the kernels are made before the clock starts")
-    parser.add_argument("--quick", action="store_true", help="a tiny model instead, to try the command itself")
-    parser.add_argument("--output", metavar="FILE", help="write all figures to this file, as JSON")
-    parser.add_argument("--no-cuda", action="store_true", help="measure the CPU even where there is a GPU")
-    args = parser.parse_args(argv)
-    if args.curves and all(SETTINGS[name].is_classifier for name in args.settings):
-        raise console.UsageError("--curves goes with a setting that run.py trains; add cifar to --settings")
+    """The checked command line `argv` as Settings. Raises UsageError."""
+    parser = options.Parser(description=__doc__)
+    parser.option("--settings", tuple(SETTINGS), list(SETTINGS), "NAME", "what to measure", nargs="+")
+    parser.option("--rounds", options.whole(1), 5, "K", "turns of each loop; more where other programs disturb")
+    parser.option("--steps", options.whole(1), 4, "K", "steps of a turn; more where loader processes are to settle")
+    parser.switch("--curves", "also what an image costs as batch, parts and image grow, in the first setting")
+    parser.switch("--compile", "ours with --compile; the kernels are made before the clock starts")
+    parser.switch("--quick", "a tiny model instead, to try the command itself")
+    parser.option("--output", options.path, None, "FILE", "write all figures to this file, as JSON")
+    parser.switch("--no-cuda", "measure the CPU even where there is a GPU")
+    args = parser.settings(argv)
+    if args.curves and all(SETTINGS[name][0] == "classifier" for name in args.settings):
+        raise runtime.UsageError("--curves goes with a setting that run.py trains; add cifar to --settings")
     return args
 
 
-def in_own_process(function, *arguments):
-    """function(*arguments), computed by a fresh process, which has the whole GPU."""
-    torch.cuda.empty_cache()
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def report(setting, figures):
-    """A setting's lines of the table."""
-    print(f"{setting.words}: {figures['speed_up']:.2f} times as fast, the step {figures['speed_up_step']:.2f} times")
-    print("           images/s  step only  waiting  GFLOP/s  of a product  peak memory")
-    for name in VARIANTS:
-        f = figures[name]
-        print(f"  {name:6} {f['images_per_second']:10,.1f} {f['step_only']:10,.1f} {f['waiting']:8.0%} "
-              f"{f['flops_per_second'] / 1e9:8,.1f} {f['share_of_product']:13.0%} {f['peak_memory'] / 2**20:8,.0f} MiB",
-              flush=True)
-
-
 if __name__ == "__main__":
-    console.run(main)
+    runtime.start(main)

@@ -14,70 +14,62 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import modules  # noqa: E402
-from datasets import DATA_SETS  # noqa: E402
-from utils import console, grids, options, tracking, trained  # noqa: E402
+import modules
+from datasets import DATA_SETS, open_split
+from utils import batches, figures, options, runtime
+from utils.runtime import UsageError
 
-HEAVY = 6.0  # the weight from which on the picture shows the brightest colour
-BLOCKS, SIDE = 2, 128  # of the picture: images beside each other, and the side that small ones are magnified to
+HEAVY, SIDE = 6.0, 128  # the weight that is drawn in the brightest colour; pixels to which small images are magnified
+TITLE = ["Edges: white is the image's strongest.",
+         f"Weights, over the image in grey: no colour 0, faint red 1, red {HEAVY / 2:g}, yellow {HEAVY:g} or more."]
 
 
 def main(argv=None):
     """Draw images, edges and weights. Returns the weights, averaged over the colours: B×H×W float32 array."""
-    args = parse(argv)
-    (images,) = trained.open_images(args, ["test"], torch.device("cpu"))
-    x = images.examples(args.images)  # B×C×H×W
+    settings = parse(argv)
+    source = open_split(settings.dataset, settings.data_folder, "test", settings.size)
+    (images,) = batches.open_batches(settings, [source], torch.device("cpu"))
+    x = images.examples(settings.images)  # B×C×H×W
     edges = modules.laplacian(x).abs().mean(dim=1).numpy()  # B×H×W
-    weights = modules.edge_weights(x, args.scale).mean(dim=1).numpy()  # B×H×W
-    pictures = grids.to_rgb(x, images.mean.flatten().tolist(), images.std.flatten().tolist())
-    grids.save(sheet(pictures, edges, weights, args.scale), args.output)
+    weights = modules.edge_weights(x, settings.scale).mean(dim=1).numpy()  # B×H×W
+    pictures = figures.to_rgb(x, images.mean.flatten().tolist(), images.std.flatten().tolist())
+    tiles = [tile for trio in zip(pictures, edges, weights) for tile in tiles_of(*trio)]
+    rows = [tiles[start : start + 6] for start in range(0, len(tiles), 6)]
+    captions = ["image", "edges", "weights"] * (len(rows[0]) // 3)
+    figures.save(figures.grid(rows, captions, TITLE), settings.output)
     heaviest = np.sort(weights, axis=None)[-(weights.size // 10) :].sum() / weights.sum()
-    print(f"{len(x)} test images of {args.dataset}, cells of {args.scale} x {args.scale} pixels: weights from "
-          f"{weights.min():.2f} to {weights.max():.2f}; the heaviest tenth of the pixels has {heaviest:.0%} of the "
-          f"weight: {tracking.relative(args.output)}")
+    print(f"{len(x)} test images of {settings.dataset}, cells of {settings.scale} x {settings.scale} pixels: weights "
+          f"from {weights.min():.2f} to {weights.max():.2f}; the heaviest tenth of the pixels has {heaviest:.0%} of "
+          f"the weight: {runtime.relative(settings.output)}")
     return weights
 
 
 def parse(argv):
-    """The checked command line `argv` as a namespace. Raises UsageError."""
-    parser = console.Parser(description=__doc__)
+    """The checked command line `argv` as Settings. Raises UsageError."""
+    parser = options.Parser(description=__doc__)
     options.add_data_options(parser)
-    parser.set_defaults(cache="none")  # a few images, once
-    parser.add_argument("--scale", type=console.whole(1), default=8, metavar="K",
-                        help="pixels per side of a cell, as --scale of the run that you plan: larger spreads the "
-                        "weights wider (default: %(default)s)")
-    parser.add_argument("--images", type=console.whole(1), default=12, metavar="K",
-                        help="test images to draw, evenly spread over all (default: %(default)s)")
-    parser.add_argument("--output", type=grids.png, default="edges.png", metavar="FILE",
-                        help="the picture; a file of that name is replaced (default: %(default)s)")
-    args = parser.parse_args(argv)
-    args.size = args.size or DATA_SETS[args.dataset].size
-    if args.size % args.scale:
-        near = max(args.scale, round(args.size / args.scale) * args.scale)
-        raise console.UsageError(f"--size {args.size} is not a multiple of --scale {args.scale}; use --size {near}")
-    return args
+    parser.defaults["cache"] = "none"  # a few images, once
+    parser.section("picture")
+    parser.option("--scale", options.whole(1), 8, "K", "side of a cell in pixels, as --scale of the run that you plan; "
+                  "larger spreads the weights wider")
+    parser.option("--images", options.whole(1), 12, "K", "test images to draw, evenly spread over all")
+    parser.option("--output", figures.png, "edges.png", "FILE", "the picture; a file of that name is replaced")
+    settings = parser.settings(argv)
+    size, scale = settings.size or DATA_SETS[settings.dataset].size, settings.scale
+    if size % scale:
+        near = max(scale, round(size / scale) * scale)
+        raise UsageError(f"--size {size} is not a multiple of --scale {scale}; use --size {near}")
+    return settings.changed(size=size)
 
 
-def sheet(pictures, edges, weights, scale):
-    """Images B×H×W×3 uint8, edges and weights B×H×W -> one PIL image with three columns for each image."""
-    blocks = min(BLOCKS, len(pictures))
-    magnify = max(1, SIDE // len(pictures[0]))
-    tiles = [tile for trio in zip(pictures, edges, weights) for tile in draw(*trio)]
-    tiles = [tile.repeat(magnify, axis=0).repeat(magnify, axis=1) for tile in tiles]
-    rows = [tiles[start : start + 3 * blocks] for start in range(0, len(tiles), 3 * blocks)]
-    picture = grids.grid(rows, ["image", "edges", "weights"] * blocks)
-    return grids.titled(picture, [
-        f"--recon-mask edge, cells of {scale} x {scale} pixels. Edges: white is the image's strongest.",
-        f"Weights, over the image in grey: no colour 0, faint red 1, red {HEAVY / 2:g}, yellow {HEAVY:g} or more.",
-    ])
-
-
-def draw(image, edges, weights):
-    """One image H×W×3, its edges and weights H×W -> the three tiles, H×W×3 uint8 each."""
+def tiles_of(image, edges, weights):
+    """An image H×W×3 uint8, its edges and weights H×W -> what the picture shows of it: three tiles like the image."""
     strength = edges / max(edges.max(), np.finfo(np.float32).tiny)  # 0 to 1
-    grey = np.repeat(np.round(255 * strength).astype(np.uint8)[..., None], 3, axis=2)
-    return image, grey, grids.lay_over(image, weights / HEAVY)
+    grey = np.round(255 * strength).astype(np.uint8)
+    tiles = image, np.stack([grey] * 3, axis=2), figures.lay_over(image, weights / HEAVY)
+    magnify = max(1, SIDE // len(image))
+    return [tile.repeat(magnify, axis=0).repeat(magnify, axis=1) for tile in tiles]
 
 
 if __name__ == "__main__":
-    console.run(main)
+    runtime.start(main)

@@ -1,115 +1,110 @@
 """Write a trained encoder's weights as a plain file that torchvision's own networks load.
 
     python utils/export.py --pretrained scratch/model.pt --output encoder.pt
-    python utils/export.py --pretrained scratch/model.pt --output encoder.safetensors
 
-The file is read back into the network of that name, which must give the same features before anything is written; the
-lines of Python that load it are printed. Encoders: resnet, resnet18, resnet50 and alexnet get torchvision's names;
-pyramid, which torchvision has not, keeps its own.
+The lines of Python that load the file are printed. They are run before the file is written, and what they load must
+give the encoder's features. resnet, resnet18, resnet50 and alexnet get torchvision's names; pyramid and patches, which
+torchvision has not, keep their own.
 """
 
-import io
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import modules  # noqa: E402
-from utils import checkpoints, console, tracking, trained  # noqa: E402
+import modules
+from utils import options, runtime, trained, training
+from utils.runtime import RunError, UsageError
 
-try:
-    import safetensors.torch as safetensors
-except ImportError:  # nothing else here needs it
-    safetensors = None
-
-TWINS = {"resnet": "resnet18", "resnet18": "resnet18", "resnet50": "resnet50", "alexnet": "alexnet"}  # in torchvision
-GREY = ("model.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)  # its own takes three channels, these are grey",
-        "model.features[0] = torch.nn.Conv2d(1, 64, 11, 4, 2)  # its own takes three channels, these are grey")
+NAMES = {"resnet": "resnet18", "resnet18": "resnet18", "resnet50": "resnet50", "alexnet": "alexnet"}  # in torchvision
 BORDER = modules.AlexNetTrunk.BORDER
-TOLERANCE = 1e-6  # of the features, as a share of the largest
+TOLERANCE = 1e-6  # between the features, as a share of the largest
+
+RESNET = """\
+import torch, torchvision
+model = torchvision.models.{name}()
+model.conv1 = torch.nn.Conv2d({channels:d}, 64, 7, 2, 3, bias=False)  # the images' channels
+model.load_state_dict(torch.load({path!r}), strict=False)
+encoder = torch.nn.Sequential(*list(model.children())[:{children:d}]).eval()
+"""
+ALEXNET = """\
+import torch, torchvision
+model = torchvision.models.{name}()
+model.features[0] = torch.nn.Conv2d({channels:d}, 64, 11, 4, 2)  # the images' channels
+model.load_state_dict(torch.load({path!r}), strict=False)
+encoder = torch.nn.Sequential(torch.nn.ZeroPad2d({border}), model.features).eval()  # a border of zeros
+"""
+OURS = """\
+import torch, torchvision
+import modules  # of this repository
+encoder, _ = modules.build_encoder({encoder_arch!r}, {channels:d}, {scale:d}, {ngf:d})
+encoder.load_state_dict(torch.load({path!r}))
+encoder.eval()
+"""
+NORMALISE = "normalise = torchvision.transforms.Normalize({mean}, {std})\n"
 
 
 def main(argv=None):
-    """Export, check, explain. Returns the number of `tensors`, the names `absent`, the `difference` and the `code`."""
+    """Export, check, explain. Returns the largest difference of the features, and the lines that load the file."""
     args = parse(argv)
     model, file = trained.load_model(args.pretrained)
     described = file["options"]
-    content = encode(under_their_names(model.encoder, described), args.output)
-    weights = decode(content, args.output)
-    twin, absent = rebuild(weights, described)
+    prefix = "features." if described["encoder_arch"] == "alexnet" else ""
+    weights = {prefix + name: tensor.contiguous() for name, tensor in model.encoder.state_dict().items()}
+    twin, absent = load_as_printed(weights, described)
     difference = compare(model.encoder, twin, described)
-    if not difference <= TOLERANCE:  # also where it is no number
-        raise console.RunError(f"{args.pretrained}: torchvision {torchvision.__version__} computes other features from "
-                               f"these weights (by {difference:.1e} of the largest); nothing was written")
-    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
-    checkpoints.write(args.output, lambda target: target.write(content))
-    code = instructions(args.output, described)
-    report(args.output, described, len(weights), absent, difference, code)
-    return {"tensors": len(weights), "absent": absent, "difference": difference, "code": code}
+    if not difference <= TOLERANCE:  # also where it is not a number
+        raise RunError(
+            f"{args.pretrained}: torchvision {torchvision.__version__} computes other features from these weights (by "
+            f"{difference:.1e} of the largest); nothing was written; try the version that requirements.txt names"
+        )
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    training.save(args.output, weights)
+    code = loading_code(args.output, described)
+    report(args.output, described, weights, absent, difference, code)
+    return difference, code
 
 
 def parse(argv):
-    """The checked command line `argv` as a namespace. Raises UsageError, or RunError where a package is missing."""
-    parser = console.Parser(description=__doc__)
-    parser.add_argument("--pretrained", required=True, metavar="FILE",
-                        help="a model.pt of run.py, PatchVAE or beta-VAE; it knows its encoder")
-    parser.add_argument("--output", default="encoder.pt", metavar="FILE",
-                        help="ends in .pt: a state dict for torch.load, or in .safetensors: for any program that reads "
-                        "that format; a file of that name is replaced (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if not args.output.endswith((".pt", ".safetensors")):
-        raise console.UsageError(f"--output {args.output}: give a name that ends in .pt or .safetensors")
+    """The checked command line `argv` as a namespace. Raises UsageError."""
+    parser = options.Parser(description=__doc__)
+    parser.option("--pretrained", options.model_file, None, "FILE", "a model.pt of run.py, or the folder of its run",
+                  required=True)
+    parser.option("--output", options.path, "encoder.pt", "FILE", "ends in .pt; a file of that name is replaced")
+    args = parser.settings(argv)
+    if not args.output.endswith(".pt"):
+        raise UsageError(f"--output {args.output}: give a name that ends in .pt")
     if os.path.isdir(args.output):
-        raise console.UsageError(f"--output {args.output} is a folder; give the name of a file")
+        raise UsageError(f"--output {args.output} is a folder; give the name of a file")
     if os.path.realpath(args.output) == os.path.realpath(args.pretrained):
-        raise console.UsageError(f"--output {args.output} would replace --pretrained; give another name")
-    if args.output.endswith(".safetensors") and safetensors is None:
-        raise console.RunError(f"--output {args.output} needs a package: pip install safetensors, or choose a .pt file")
+        raise UsageError(f"--output {args.output} would replace --pretrained; give another name")
     return args
 
 
-def under_their_names(encoder, described):
-    """The encoder's state dict under torchvision's names."""
-    prefix = "features." if described["encoder_arch"] == "alexnet" else ""
-    return {prefix + name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+def loading_code(path, described):
+    """Python that makes `encoder` and `normalise` from the file at `path`: a str of several lines."""
+    arch = described["encoder_arch"]
+    template = ALEXNET if arch == "alexnet" else RESNET if arch in NAMES else OURS
+    mean, std = ([round(value, 6) for value in described[name]] for name in ("mean", "std"))
+    children = 4 + int(math.log2(described["scale"])) - 1  # conv1, bn1, relu, maxpool, layer1, …
+    values = {**described, "path": str(path), "name": NAMES.get(arch), "border": BORDER, "children": children}
+    return (template + NORMALISE).format(**values | {"mean": mean, "std": std})
 
 
-def encode(weights, path):
-    """The bytes of a file of `weights`, in the format that the end of `path` names."""
-    if path.endswith(".safetensors"):
-        return safetensors.save(weights)
-    buffer = io.BytesIO()
-    torch.save(weights, buffer)
-    return buffer.getvalue()
-
-
-def decode(content, path):
-    """The weights in the bytes of a file."""
-    if path.endswith(".safetensors"):
-        return safetensors.load(content)
-    return torch.load(io.BytesIO(content), weights_only=True)
-
-
-def rebuild(weights, described):
-    """The network that the file is for with `weights` in it, and the names that they leave out: sorted."""
-    arch, channels = described["encoder_arch"], described["channels"]
-    if arch not in TWINS:
-        twin, _ = modules.build_encoder(arch, channels, described["scale"], described["ngf"])
-    else:
-        twin = torchvision.models.get_model(TWINS[arch], weights=None)
-    if channels != 3 and arch == "alexnet":
-        twin.features[0] = modules.with_channels(twin.features[0], channels)
-    elif channels != 3 and arch in TWINS:
-        twin.conv1 = modules.with_channels(twin.conv1, channels)
-    absent, unknown = twin.load_state_dict(weights, strict=False)
-    if unknown:
-        raise console.RunError(f"torchvision {torchvision.__version__} has no {unknown[0]} in {TWINS[arch]}; try the "
-                               "version that requirements.txt names")
-    return twin, sorted(absent)
+def load_as_printed(weights, described):
+    """The encoder that loading_code() makes of `weights`, and the names of its network that they leave out: a list."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "encoder.pt")
+        torch.save(weights, path)
+        made = {}
+        exec(loading_code(path, described), made)  # the very lines that are printed
+    network = made.get("model", made["encoder"])
+    return made["encoder"], sorted(set(network.state_dict()) - set(weights))
 
 
 @torch.no_grad()
@@ -117,65 +112,22 @@ def compare(encoder, twin, described):
     """The largest difference of the features of random images, as a share of the largest feature."""
     shape = (4, described["channels"], described["size"], described["size"])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))  # B×C×H×W
-    expected, found = encoder(x), cut(twin.eval(), described["encoder_arch"], len(encoder))(x)  # B×D×h×w each
+    expected, found = encoder(x), twin(x)  # B×D×h×w each
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def cut(twin, arch, children):
-    """`twin` up to where our encoder ends: a module."""
-    if arch not in TWINS:
-        return twin
-    if arch == "alexnet":
-        return torch.nn.Sequential(torch.nn.ZeroPad2d(BORDER), twin.features)
-    return torch.nn.Sequential(*list(twin.children())[:children])
-
-
-def instructions(path, described):
-    """Lines of Python that make `encoder`, from normalised images to features, of the file at `path`."""
-    arch, channels, scale = described["encoder_arch"], described["channels"], described["scale"]
-    is_safe = path.endswith(".safetensors")
-    reader = f"safetensors.torch.load_file({path!r})" if is_safe else f"torch.load({path!r})"
-    lines = ["import torch, torchvision" + (", safetensors.torch" if is_safe else "")]
-    if arch not in TWINS:
-        lines += ["import modules  # of this repository",
-                  f"encoder, _ = modules.build_encoder({arch!r}, {channels}, {scale}, {described['ngf']})",
-                  f"encoder.load_state_dict({reader})",
-                  "encoder.eval()"]
-    else:
-        lines += [f"model = torchvision.models.{TWINS[arch]}()",
-                  *([GREY[arch == "alexnet"]] if channels == 1 else []),
-                  f"model.load_state_dict({reader}, strict=False)",
-                  f"encoder = torch.nn.Sequential({layers(arch, scale)}).eval()"]
-    mean, std = ([round(value, 6) for value in described[name]] for name in ("mean", "std"))
-    return [*lines, f"normalise = torchvision.transforms.Normalize({mean}, {std})"]
-
-
-def layers(arch, scale):
-    """Python for the modules of torchvision's `model` that are the encoder."""
-    if arch == "alexnet":
-        return f"torch.nn.ZeroPad2d({BORDER}), model.features"
-    return f"*list(model.children())[:{4 + int(math.log2(scale)) - 1}]"
-
-
-def report(path, described, tensors, absent, difference, code):
+def report(path, described, weights, absent, difference, code):
     """Say what was written, what was checked, and how to use it."""
     arch, channels, size = described["encoder_arch"], described["channels"], described["size"]
-    network = f"torchvision's {TWINS[arch]}" if arch in TWINS else "modules.build_encoder, as torchvision has none"
-    print(f"{tracking.relative(path)}: {tensors} tensors of the encoder {arch}, for {network}")
+    print(f"{runtime.relative(path)}: {len(weights)} tensors of the encoder {arch}")
     print(f"checked: the file gives the same features (largest difference {difference:.1e} of the largest feature)")
     if absent:
-        print(f"not in it, and random until you train them: {', '.join(dict.fromkeys(map(block, absent)))}")
-    if arch == "alexnet":
-        print(f"the features are these only behind a border of zeros, {BORDER} pixels left, right, above and below")
+        blocks = dict.fromkeys(name.split(".")[0] for name in absent)
+        print(f"not in it, and random until you train them: {', '.join(blocks)}")
     colours = "grey images (one channel)" if channels == 1 else "colour images (red, green, blue)"
     print(f"to use it, for {colours} B x {channels} x {size} x {size}, encoder(normalise(pixels in [0, 1])):\n")
-    print("\n".join(f"    {line}" for line in code))
-
-
-def block(name):
-    """Where a weight belongs: layer4 for layer4.0.conv1.weight."""
-    return name.split(".")[0]
+    print("\n".join(f"    {line}" for line in code.splitlines()))
 
 
 if __name__ == "__main__":
-    console.run(main)
+    runtime.start(main)

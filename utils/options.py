@@ -277,6 +277,6 @@ def add_run_options(parser, default_folder="./scratch"):
     parser.option("--output-folder", path, default_folder, "DIR", "where everything goes that the run leaves")
     parser.option("--resume", path, None, "PATH", "go on with the run of this folder or checkpoint (default: the "
                   "output folder), with its options; auto: go on if there is one, else begin, as jobs want that are "
-                  "started again", nargs="?", const=False)  # not a path
+                  "started again", nargs="?", const=False)
     parser.switch("--overwrite", "replace the run that the output folder holds")
     parser.option("--save-minutes", above(0), 15.0, "X", "save also when this long has passed since the last time")

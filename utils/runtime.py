@@ -100,6 +100,8 @@ def _outcome(main):
         if any(word in f"{type(error).__name__} {error}" for word in LOST):
             reason = str(error).splitlines()[0]
             return 1, f"error: lost the other processes of this job; one of them says why, or was killed ({reason})"
+        if "DataLoader worker" in str(error):  # raised wherever the program was, when its end was noticed
+            return 1, f"error: a data-loading process died ({str(error).splitlines()[0]}); try --workers 0"
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             return 1, f"error: --compile cannot compile here, leave it out ({str(error).splitlines()[0]})"
         raise
@@ -198,8 +200,9 @@ def together(main):
         if dist.is_initialized() or not _is_one_of_several():
             return main(argv)
         _meet()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
-            result = main(argv)
+        with open(os.devnull, "w", errors="ignore") as nowhere:
+            with contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
+                result = main(argv)
         dist.destroy_process_group()  # not after an error: the others may never answer
         return result
 
@@ -208,14 +211,12 @@ def together(main):
 
 def _is_one_of_several():
     """Whether torchrun, or who sets the same variables, started this process beside others. Raises UsageError."""
-    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    if found["RANK"] is None and found["WORLD_SIZE"] is None:
+    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")}
+    *numbers, address = found.values()
+    if numbers[:2] == ["0", "1"] or not {"RANK", "WORLD_SIZE"} & set(os.environ):
         return False
-    numbers = [found[name] or "" for name in ("RANK", "WORLD_SIZE")]
-    if numbers == ["0", "1"]:
-        return False
-    if not all(map(str.isdecimal, numbers)) or int(numbers[0]) >= int(numbers[1]) or not all(found.values()):
-        names = ", ".join(f"{name}={value or ''}" for name, value in found.items())
+    if not all(map(str.isdecimal, numbers)) or int(numbers[0]) >= int(numbers[1]) or not address:
+        names = ", ".join(f"{name}={value}" for name, value in found.items())
         raise UsageError(f"the environment describes no whole job ({names}): start with torchrun, or unset them")
     return True
 

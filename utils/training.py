@@ -1,7 +1,7 @@
 """What run.py and classifier.py share while they train: steps, means, records, checkpoints, signals.
 
     with Run(folder, settings, …) as run:
-        for step, batch in run.steps(batches, last_step, finish_epoch):
+        for step, batch in run.steps(batches, finish_epoch):
             run.add(train_step(…))
 
 A run can be stopped at any moment, by Ctrl-C or kill -9, and goes on from its newest checkpoint as if nothing had been.
@@ -135,13 +135,14 @@ def check_folder(folder, contents, kept, overwrite=False, keep=False):
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-folder {folder} is a file; give the name of a folder")
-    if not os.fspath(folder).isprintable():  # TensorBoard could not write there
-        raise UsageError(f"--output-folder {ascii(os.fspath(folder))} is no plain text; choose another name")
+    if os.fspath(folder).encode(errors="replace").decode() != os.fspath(folder):  # TensorBoard wants text
+        raise UsageError(f"--output-folder {ascii(os.fspath(folder))} is no text in UTF-8; choose another name")
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not os.access(above, os.W_OK):
+    if not (above.is_dir() and os.access(above, os.W_OK)):
         raise RunError(f"--output-folder {folder}: {above} may not be written to; choose another folder")
-    found = [folder / name for name in contents if os.path.lexists(folder / name) and not keep]
-    if found and not (folder / contents[0]).exists():
+    found, ours = [folder / name for name in contents if os.path.lexists(folder / name) and not keep], '"encoder_arch"'
+    options = folder / contents[0]  # other programs, too, may keep theirs in a file of this name
+    if found and not (options.is_file() and ours in options.read_text(encoding="utf-8", errors="replace")):
         raise UsageError(f"--output-folder {folder} holds {found[0].name}, which no run made; choose another folder")
     if found and not overwrite and any(any(folder.glob(pattern)) for pattern in kept):
         raise UsageError(
@@ -261,6 +262,7 @@ class Run:
         self.speeds, self.state = [], {}  # images per second of the epoch's records, what else a record says
         if checkpoint:
             self._restore(checkpoint)
+        self.recorded = self.step  # the last step that this process need not record any more
         self.launcher, self.saved_at = os.getppid(), time.monotonic()
         self.recorded_at = self.said_at = time.perf_counter()
         self.signal, self.signalled_at = 0, 0.0
@@ -273,7 +275,7 @@ class Run:
                 _drop_later_lines(self.folder / self.lines, self.step, self.owes_test)
             _let_the_clock_pass(logs)
             self.records = open(self.folder / self.lines, "a", encoding="utf-8")
-            self.board = SummaryWriter(logs, purge_step=self.step + 1 if self.step else None)
+            self.board = SummaryWriter(_in_text(logs), purge_step=self.step + 1 if self.step else None)
         return self
 
     def __exit__(self, *reason):
@@ -339,14 +341,13 @@ class Run:
     def _record(self):
         """The means since the last record, as a JSON line and in TensorBoard; the epoch's means take them in."""
         means, seconds = self.window.read(), time.perf_counter() - self.recorded_at
-        steps = (self.step_in_epoch - 1) % self.log_interval + 1
-        self.speeds.append(steps * self.batch_size / seconds)
+        self.speeds.append((self.step - self.recorded) * self.batch_size / seconds)
         state = {**self.state, "images_per_second": self.speeds[-1]}
         self.event("train", epoch=self.epoch, step=self.step, **means, **state)
         self.scalars({self.tag.format(split="train", name=name): value for name, value in means.items()})
         self.scalars({f"run/{name}": value for name, value in state.items()})
         self.epoch_means.take(self.window)
-        self.window, self.recorded_at = Means(), time.perf_counter()
+        self.window, self.recorded, self.recorded_at = Means(), self.step, time.perf_counter()
         if not sys.stderr.isatty() and self.recorded_at > self.said_at + QUIET:  # a terminal has the progress bar
             progress = f"{self.step_in_epoch} of {self.steps_per_epoch} steps"
             print(f"epoch {self.epoch}: {progress}, {self.speeds[-1]:.0f} images/s", flush=True)
@@ -373,6 +374,8 @@ class Run:
 
     def note_test(self, figures, improved):
         """Record the figures of this epoch's test; `improved`: they are the best so far."""
+        if self.first is None:  # the best model alone, without a checkpoint, could not be gone on with
+            self._save_or_stop(regular=True)
         self.last = {**figures, "epoch": self.epoch}
         self.first = self.first or self.last
         self.best = self.last if improved else self.best
@@ -456,9 +459,11 @@ class Run:
         """The best figures as the last record, and with the options among TensorBoard's hparams."""
         self.event("end", **self.best)
         if runtime.is_main():
-            plain = {name: value for name, value in vars(self.settings).items() if name != "typed"}
-            plain = {name: value if isinstance(value, (int, float)) else runtime.printable(value or "")
-                     for name, value in plain.items()}
+            plain = dict(vars(self.settings))
+            del plain["typed"]
+            for name, value in plain.items():
+                if not isinstance(value, int | float):  # a path need not be text
+                    plain[name] = str(value).encode(errors="backslashreplace").decode()
             figures = {f"result/{name}": value for name, value in self.best.items()}
             for summary in hparams(plain, figures):  # three records; add_hparams would open a folder of its own
                 self.board.file_writer.add_summary(summary)
@@ -468,6 +473,16 @@ class Run:
 def progress_bar(batches, unit, total, initial=0):
     """A progress bar on a terminal; one for all processes."""
     return tqdm(batches, unit, total, initial=initial, leave=False, disable=None if runtime.is_main() else True)
+
+
+def _in_text(folder):
+    """A path of the new or old `folder` that TensorBoard can encode: names of files need not be text."""
+    try:
+        os.fspath(folder).encode()
+        return folder
+    except UnicodeEncodeError:
+        folder.mkdir(parents=True, exist_ok=True)
+        return f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}"
 
 
 def _let_the_clock_pass(logs):
