@@ -382,7 +382,8 @@ def choose(class_folder, tmp_path, monkeypatch):
 ])
 def test_the_choice_follows_the_free_room(wanted, room, chosen, choose, capsys):
     assert choose(wanted, *(part and NEEDED * part for part in room))[0] == chosen
-    assert capsys.readouterr().out.startswith("cache: 0.0 MB of decoded images are kept ")
+    words = "none: an image is decoded" if chosen == "none" else "0.0 MB of decoded images are kept "
+    assert capsys.readouterr().out.startswith(f"cache: {words}")
 
 
 @pytest.mark.parametrize("wanted, room", [("device", (0.9, 5, 0)), ("device", (None, 0.9, 0)), ("ram", (5, 0.9, 0))])

@@ -301,15 +301,16 @@ def test_a_class_that_no_image_has_does_not_matter(monkeypatch):
     assert classifier.labelled_sources(args)[1].labels.tolist() == [0, 2]
 
 
+@pytest.mark.filterwarnings("error:Glyph")
 def test_a_class_of_any_name_is_reported_where_there_are_no_links(tmp_path, monkeypatch):
     """No symbolic links, as on exFAT: there is nothing that would need one."""
     monkeypatch.setattr(os, "symlink", None)
-    names = ["ant", os.fsdecode(b"caf\xe9"), "c\nd", "🐝"]
+    names = ["$\\ant$", os.fsdecode(b"caf\xe9"), "c\nd", "🐝"]
     paint_classes(tmp_path / "data", names, images=6)
     options = ["--dataset", "folder", "--data-folder", tmp_path / "data", "--size", 32, "--arch", "patchy"]
     train(tmp_path / "probe", *options, "--random-init", "--knn")
     rows = list(csv.reader((tmp_path / "probe/per_class.csv").open(encoding="utf-8")))
-    assert [row[0] for row in rows[1:]] == ["ant", "c\\nd", "caf\\xe9", "🐝"]
+    assert [row[0] for row in rows[1:]] == ["$\\ant$", "c\\nd", "caf\\xe9", "🐝"]
     train(tmp_path / "out", *options, "-b", 4)
     assert len(training.numbered(str(tmp_path / "out" / classifier.CHECKPOINTS))) == 2
     assert "top1" in classifier.main(["--evaluate", "--output-folder", str(tmp_path / "out")])
