@@ -6,6 +6,8 @@ Splits: "unlabelled" is what run.py trains on, "train" what classifier.py trains
 the images of a folder that has no splits.
 """
 
+import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -22,9 +24,10 @@ import torchvision
 from PIL import Image, ImageOps, PngImagePlugin
 
 from utils import shapes
-from utils.runtime import RunError, read_lines
+from utils.runtime import RunError, explain, printable, read_lines
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PLACES = 205  # classes of Places205
 HELD_OUT = 0.2  # the share that is held out of a data set without test images
 SPLITS = ("unlabelled", "train", "test", "all")
 TRAIN_NAMES = ("train", "training")  # of folders, in any case
@@ -74,34 +77,38 @@ class Files:
 
 def read_image(path):
     """The image file `path` as it is seen: a PIL RGB image, upright, on white if transparent. Raises RunError."""
-    try:
-        with warnings.catch_warnings(record=True) as remarks, Image.open(path) as image:
-            picture = _upright(_eight_bit(image))
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("RGB")
-    except FileNotFoundError:
-        raise RunError(f"{path}: the image is not there (any more); restore it and start again") from None
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise RunError(f"{path}: has more than {limit:.0f} megapixels; scale it down, or use --skip-broken") from None
-    except Exception as error:  # Pillow raises many kinds for a broken file
-        raise RunError(
-            f"{path}: cannot be decoded ({error}); repair or remove it, or leave such images out with --skip-broken"
-        ) from None
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but read all the same
+        picture = _decoded(path)
     for remark in {str(remark.message) for remark in remarks} - said_of_images:
         print(f"{path}: {remark} (said of the first such image only)", file=sys.stderr)
         said_of_images.add(remark)
     return picture
 
 
-def _upright(image):
-    """A PIL image turned as its camera says."""
+def _decoded(path):
+    if not os.path.isfile(path):  # a pipe would never end
+        raise RunError(f"{path}: the image is not there (any more); restore it and start again")
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # what cannot be read of the camera's notes does not spoil the image
-        return image
+        with Image.open(path) as image:
+            picture = _eight_bit(image)
+            with contextlib.suppress(Exception):  # what cannot be read of the camera's notes spoils no picture
+                picture = ImageOps.exif_transpose(picture)
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return picture.convert("RGB")
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        raise RunError(f"{path}: has more than {limit:.0f} megapixels; scale it down, or use --skip-broken") from None
+    except Exception as error:  # Pillow raises many kinds for a broken file
+        if getattr(error, "errno", None) == errno.EMFILE:  # of the machine, not of the file
+            raise RunError(explain(error)) from None
+        raise RunError(
+            f"{path}: cannot be decoded ({error}); repair or remove it, or leave such images out with --skip-broken"
+        ) from None
 
 
 def _eight_bit(image):
@@ -110,7 +117,12 @@ def _eight_bit(image):
         tags = getattr(image, "tag_v2", {})
         bits, white = tags.get(258, (16,))[0], tags.get(281)  # BitsPerSample, MaxSampleValue
         white = white[0] if white else 2**bits - 1
-        return Image.fromarray((np.asarray(image) * (255 / white) + 0.5).clip(0, 255).astype(np.uint8))
+        shades = np.asarray(image)
+        eight = (shades * (255 / white) + 0.5).clip(0, 255).astype(np.uint8)
+        eight[shades == image.info.get("transparency", -1)] = 255
+        picture = Image.fromarray(eight)
+        picture.info["exif"] = image.info.get("exif", b"")
+        return picture
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}, whose white is not known; convert it to 8 or 16 bits")
     return image
@@ -176,11 +188,6 @@ def _label_array(labels):
     return None if labels is None else np.asarray(labels, dtype=np.int64)
 
 
-def printable(name):
-    """A file's name as text: bytes that are none are escaped."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
 # ---------------------------------------------------------------------------------------------------- folders
 
 
@@ -192,51 +199,71 @@ def readable_endings():
     return {ending for ending, kind in known if kind in Image.OPEN and kind not in NO_PHOTOGRAPHS}
 
 
-def scan(folder):
-    """What lies in `folder`, in order, without what is hidden or clutter: a list of os.DirEntry."""
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    return [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in CLUTTER]
+def scan(folder, passed_over):
+    """The names of the folders and of the images in `folder`, in order: two lists of str.
 
-
-def is_run(folder):
-    return any(os.path.exists(os.path.join(folder, name)) for name in RUN_FILES)
-
-
-def find_images(folder, passed_over, seen=None):
-    """The images at any depth below `folder`, each real folder once: relative paths, in order.
-
-    `passed_over`, a Counter, is told what else is there. `seen`: the real folders (device, inode) that are taken.
+    `passed_over`, a Counter, is told what else is there, but for what is hidden.
     """
-    seen, waiting, paths = set() if seen is None else seen, [""], []
+    found = {"folder": [], "image": []}
+    for name, kind in sorted((entry.name, _kind(entry)) for entry in os.scandir(folder) if entry.name[0] != "."):
+        if kind in found:
+            found[kind].append(name)
+        else:
+            passed_over[kind] += 1
+    return found["folder"], found["image"]
+
+
+def _kind(entry):
+    """What an os.DirEntry is: folder, image, or why it is neither."""
+    ending = os.path.splitext(entry.name)[1].lower()
+    try:
+        if entry.is_dir():
+            is_run = any(os.path.exists(os.path.join(entry.path, name)) for name in RUN_FILES)
+            return "folder of a run" if is_run else entry.name if entry.name.lower() in CLUTTER else "folder"
+        if not entry.is_file():
+            return "link to nothing or special file"
+    except OSError as error:
+        return error.strerror.lower()
+    return "image" if ending in readable_endings() else printable(ending) or "without ending"
+
+
+def find_images(folder, passed_over):
+    """The images at any depth below `folder`, each real folder once: relative paths. Raises RunError.
+
+    `passed_over`: see scan.
+    """
+    waiting, seen, paths = [""], {_identity(folder)}, []
     while waiting:
         place = waiting.pop()
         try:
-            entries = scan(os.path.join(folder, place))
+            folders, images = scan(os.path.join(folder, place), passed_over)
+            inside = [(os.path.join(place, name), _identity(os.path.join(folder, place, name))) for name in folders]
         except OSError as error:
             passed_over[error.strerror.lower()] += 1
             continue
-        for entry in entries:
-            path, ending = os.path.join(place, entry.name), _ending(entry.name)
-            if entry.is_dir():
-                identity = _identity(entry.path)
-                reason = "folder of a run" if is_run(entry.path) else "link to a known folder" * (identity in seen)
-                seen.add(identity)
-                waiting += [] if reason else [path]
-            else:
-                reason = "link to nothing or special file" * (not entry.is_file())
-                reason = reason or (ending or "without ending") * (ending not in readable_endings())
-                paths += [] if reason else [path]
-            passed_over[reason] += bool(reason)
-    return sorted(paths, key=os.path.split)
-
-
-def _ending(name):
-    return os.path.splitext(name)[1].lower()
+        train, test = splits_among(folders)
+        if train and test:
+            part = os.path.join(folder, place).rstrip("/")
+            raise RunError(f"{part} has {train[0]} and {test[0]}, a data set of its own: give --data-folder {part}")
+        new = {identity: path for path, identity in reversed(inside) if identity not in seen}
+        seen.update(new)
+        waiting += new.values()
+        paths += [os.path.join(place, name) for name in images]
+        passed_over["link to a known folder"] += len(inside) - len(new)
+        passed_over["empty folder"] += not (folders or images)
+    return paths
 
 
 def _identity(folder):
     found = os.stat(folder)
     return found.st_dev, found.st_ino
+
+
+def splits_among(names):
+    """Those of the folders `names` that are called as training images are, and as test images: two lists of str."""
+    train, test = ([name for usual in known for name in names if name.lower() == usual]
+                   for known in (TRAIN_NAMES, TEST_NAMES))
+    return train, test
 
 
 def say_passed_over(folder, passed_over):
@@ -245,57 +272,38 @@ def say_passed_over(folder, passed_over):
         say_once(f"{folder}: passed over {reasons}")
 
 
-def image_folder(folder, classes=(), labelled=False):
+def image_folder(folder, classes=()):
     """The images of `folder`: CLASS/* at any depth below a class, or without labels where images lie beside folders.
 
-    `classes`: the names of the labels 0, 1, … as another split has them; new ones follow. `labelled`: there have to be
-    classes. Raises RunError.
+    `classes`: the names of the labels 0, 1, … as another split has them; new ones follow. Raises RunError.
     """
     if not os.path.isdir(folder):
-        raise RunError(f"{folder}: no such folder" + f"; expected {folder}/CLASS/* with images" * labelled)
+        raise RunError(f"{folder}: no such folder; expected {folder}/CLASS/* with images")
     if os.path.isfile(table := os.path.join(folder, "val_annotations.txt")):
         return annotated_folder(folder, table, classes)
-    entries = scan(folder)
-    folders = [entry.name for entry in entries if entry.is_dir() and not is_run(entry.path)]
-    loose = [entry.name for entry in entries if entry.is_file() and _ending(entry.name) in readable_endings()]
-    if folders and not loose:
-        return labelled_folder(folder, folders, classes)
-    if labelled:
-        found = f"{loose[0]} lies beside" if loose else "no"
-        raise RunError(f"{folder}: {found} class folders; expected {folder}/CLASS/* alone")
-    if folders:
-        say_once(f"{folder}: {len(loose)} images beside {len(folders)} folders: all are taken, without classes")
     passed_over = Counter()
     paths = find_images(folder, passed_over)
     say_passed_over(folder, passed_over)
     if not paths:
         raise RunError(f"{folder}: no images in it; known endings are {' '.join(sorted(readable_endings()))}")
-    return Files(folder, paths)
-
-
-def labelled_folder(folder, folders, classes):
-    """The images in the class folders `folders`, a list of names, of `folder`; `classes`: see image_folder."""
-    passed_over, found = Counter(), {}
-    seen = {_identity(os.path.join(folder, name)) for name in folders}
-    for name in folders:
-        inner = {entry.name.lower() for entry in scan(os.path.join(folder, name)) if entry.is_dir()}
-        if inner & set(TRAIN_NAMES) and inner & set(TEST_NAMES):
-            raise RunError(f"{folder}/{name} is a data set of its own: give --data-folder {folder}/{name}")
-        paths = find_images(os.path.join(folder, name), passed_over, seen)
-        found[printable(name)] = [os.path.join(name, path) for path in paths]
-    passed_over["without an image"] += sum(not paths for paths in found.values())
-    passed_over["link to nothing or special file"] += sum(not (e.is_dir() or e.is_file()) for e in scan(folder))
-    say_passed_over(folder, passed_over)
-    if not any(found.values()):
-        raise RunError(f"{folder}: no images in {', '.join(folders[:3])}; expected {folder}/CLASS/* with images")
-    names = [*classes, *(name for name, paths in found.items() if paths and name not in classes)]
-    labels = [names.index(name) for name, paths in found.items() for _ in paths]
-    return Files(folder, [path for paths in found.values() for path in paths], labels, names)
+    loose = [path for path in paths if os.sep not in path]
+    if loose:
+        if len(loose) < len(paths):
+            say_once(f"{folder}: {printable(min(loose))} lies beside folders, so all images are taken without classes")
+        return Files(folder, sorted(paths))
+    paths.sort(key=lambda path: (path.partition(os.sep)[0], *os.path.split(path)))
+    owners = [path.partition(os.sep)[0] for path in paths]  # the class of each image
+    shown = {owner: printable(owner) for owner in dict.fromkeys(owners)}
+    names = list(dict.fromkeys([*classes, *shown.values()]))
+    labels = {owner: names.index(name) for owner, name in shown.items()}
+    return Files(folder, paths, [labels[owner] for owner in owners], names)
 
 
 def annotated_folder(folder, table, classes):
     """Tiny-ImageNet's way: images/*, and their classes in the file `table`, FILE and CLASS in each line."""
     rows = [line.split("\t") for line in read_lines(table) if line.strip()]
+    if not rows or min(map(len, rows)) < 2:
+        raise RunError(f"{table}: expected the name of a file, a tab and its class in every line")
     names = [*classes, *sorted({row[1] for row in rows} - set(classes))]
     return Files(folder, [f"images/{row[0]}" for row in rows], [names.index(row[1]) for row in rows], names)
 
@@ -341,7 +349,8 @@ def torchvision_set(name, folder):
 
 
 def _download(load, name, folder):
-    if os.path.isdir(folder.parent) and find_images(folder.parent, Counter()):
+    names, images = scan(folder.parent, Counter()) if folder.parent.is_dir() else ((), ())
+    if images or any(splits_among(names)):
         raise RunError(f"{folder.parent} holds images, but not {name}; add --dataset folder to take them")
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
@@ -361,11 +370,12 @@ def class_folders(**folder_of_split):
 
     def open_split(root, split):
         train = Path(root, "train")
-        if "test" not in folder_of_split:
-            return held_out(image_folder(train, labelled=True), split)
         name = folder_of_split.get("test" if split == "all" else split, "train")
         names = image_folder(train).classes if train.is_dir() and name != "train" else ()
-        return image_folder(Path(root, name), names, labelled=True)
+        found = image_folder(Path(root, name), names)
+        if found.labels is None:
+            raise RunError(f"{found.root}: its images lie in no class folders; expected {found.root}/CLASS/* alone")
+        return found if "test" in folder_of_split else held_out(found, split)
 
     return open_split
 
@@ -374,16 +384,19 @@ def any_folder(root, split):
     """Anyone's images: training and test images in folders of the usual names, or CLASS/*, or images without labels."""
     if not os.path.isdir(root):
         raise RunError(f"{root}: no such folder; give --data-folder the folder that holds the images")
-    names = [entry.name for entry in scan(root) if entry.is_dir()]
-    train = [name for usual in TRAIN_NAMES for name in names if name.lower() == usual]
-    test = [name for usual in TEST_NAMES for name in names if name.lower() == usual]
-    if len(train) > 1 or (test and not train):
-        remedy = "keep one" if train else f"rename it, or give --data-folder {Path(root, test[0])} for its images alone"
-        raise RunError(f"{root}: holds {', '.join(train or test)}, and it is not clear what to train on; {remedy}")
-    if not train:
+    passed_over = Counter()
+    names, images = scan(root, passed_over)
+    train, test = splits_among(names)
+    if not train and not test:
         return held_out(image_folder(root), split)
-    if others := sorted(set(names) - {train[0], *test[:1]}):
-        say_once(f"{root}: reads {', '.join([*train, *test[:1]])}, passed over {', '.join(others)}")
+    others = sorted(set(names) - {*train[:1], *test[:1]})
+    if len(train) != 1 or (others and not test):
+        raise RunError(
+            f"{root}: holds {', '.join(map(printable, names[:5]))}, and it is not clear what to train on; keep train "
+            "and val, or give --data-folder the folder of the images"
+        )
+    passed_over.update({f"{name}/": 1 for name in others}, image=len(images))
+    say_passed_over(root, passed_over)
     if not test:
         return held_out(image_folder(Path(root, train[0])), split)
     if split in ("unlabelled", "train"):
@@ -405,6 +418,8 @@ def places205(root, split):
             continue
         if not path or not (label.isascii() and label.isdecimal()):
             raise RunError(f"{table}: line {number} is not 'path label': {line[:60]!r}")
+        if int(label) >= PLACES:
+            raise RunError(f"{table}: line {number} has the label {label[:20]}; those of Places205 end at {PLACES - 1}")
         paths.append(path.lstrip("/"))  # below `images`, also where the list says "/a/abbey/…"
         labels.append(int(label))
     if not paths:

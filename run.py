@@ -171,7 +171,7 @@ def fit(settings, described, model, train, test, folder, checkpoint=None):
             terms = train_step(settings, network, optimizer, x, step, temperature, run.batch_size)  # x: B×C×H×W
             run.add(terms, temperature=temperature, learning_rate=settings.lr)
         run.conclude()
-    say_farewell(settings, run.first, run.best, folder, train.source)
+    say_farewell(settings, run.first, run.best, folder, train.source, test.source)
     return run.best
 
 
@@ -314,8 +314,8 @@ def in_use(settings, found):
     return f"{found['parts_above_half']} of {settings.num_parts} parts are sure somewhere"
 
 
-def say_farewell(settings, first, best, folder, source):
-    """What was learned, and what to do next with the images of `source`."""
+def say_farewell(settings, first, best, folder, train, test):
+    """What was learned, and what to do next with the images of the sources `train` and `test`."""
     place = runtime.relative(folder)
     quoted = shlex.quote(place)
     before = f"epoch 1: {first['recon']:.1f}, total {first['total']:.1f}"
@@ -326,7 +326,7 @@ def say_farewell(settings, first, best, folder, source):
     print(f"next: tensorboard --logdir {quoted}")
     if settings.arch == "patchy":
         print(f"      python utils/parts.py --pretrained {quoted}/model.pt")
-    if source.labels is not None and len(source.classes) > 1:
+    if 1 < len(train.classes) and 0 < len(test.classes) <= len(train.classes):  # more would be unknown
         data = f"--dataset {settings.dataset} --data-folder {shlex.quote(settings.data_folder)}"
         encoder = f"--arch {settings.arch} --pretrained {quoted}/model.pt --freeze -1 --epochs 10 --lr 0.01"
         print(f"      python classifier.py {data} {encoder} --output-folder {quoted}")

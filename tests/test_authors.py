@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import modules
+from utils import features
 
 CASES = json.loads(Path(__file__).with_name("authors.json").read_text())
 LARGEST_DIFFERENCE = 1e-5  # relative; the authors add 1e-7 in three places
@@ -106,14 +107,12 @@ CIFAR = {
     "arch": "patchy", "encoder_arch": "resnet", "decoder_arch": "pyramid", "channels": 3, "size": 32, "scale": 8,
     "ngf": 64, "num_parts": 16, "hidden_size": 6, "py": 1 / 16, "categorical": False, "hard": False,
     "independent": False, "mean": [0.5] * 3, "std": [0.5] * 3,
-}  # fmt: skip
+}
 IMAGENET = {**CIFAR, "size": 224, "scale": 32, "num_parts": 64, "hidden_size": 16}
 
 
-@pytest.mark.parametrize(
-    "options", [CIFAR, IMAGENET, {**CIFAR, "arch": "vae"}, {**CIFAR, "encoder_arch": "pyramid"}],
-    ids=["CIFAR", "ImageNet", "beta-VAE", "pyramid"],
-)
+@pytest.mark.parametrize("options", [CIFAR, IMAGENET, {**CIFAR, "arch": "vae"}, {**CIFAR, "encoder_arch": "pyramid"}],
+                         ids=["CIFAR", "ImageNet", "beta-VAE", "pyramid"])
 def test_initial_weights_are_the_authors(options):
     torch.manual_seed(0)
     model, seen = modules.build_model(options), set()
@@ -138,7 +137,7 @@ def test_initial_weights_are_the_authors(options):
 
 def test_initial_weights_of_the_classifiers_head_are_the_authors():
     torch.manual_seed(0)
-    head = modules.Classifier(torch.nn.Identity(), 4096, classes=100).head
+    head = features.Classifier(torch.nn.Identity(), 4096, classes=100).head
     linear = [layer for layer in head if isinstance(layer, torch.nn.Linear)]
     assert [layer.out_features for layer in linear] == [512, 100]
     for layer in linear:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import glob
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -213,8 +212,8 @@ class Batches:
         """Decodes everything once, into the table. Returns which images cannot be decoded: N booleans."""
         broken, order = set(), slices(slice(0, len(self)), CHUNK)
         decode = functools.partial(self._decode, broken=broken)
-        for _ in tqdm(self.table.batches(order, decode) if self.table else decode(order), "check", len(order),
-                      leave=False, disable=None):
+        stream = self.table.batches(order, decode) if self.table else decode(order)
+        for _ in tqdm(stream, "check", len(order), leave=False, disable=None):
             pass
         return np.isin(self.rows, list(broken))
 
@@ -364,14 +363,15 @@ def open_table(path, source, shape, decode, skip_broken, pinned):
     if table is None:  # without the lock so far: a shared cache may be read-only
         with _writing(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            patience = functools.partial(runtime.locked, f"{path}.lock")
             try:
-                lock = patience(1, "")
+                lock = runtime.locked(f"{path}.lock", 1, "")
             except RunError:
                 print(f"cache: waiting for another process that writes {file}", flush=True)
-                lock = patience(-1, "")
-            with lock:
+                lock = runtime.locked(f"{path}.lock", -1, "")
+            try:
                 table = _read(file, len(source)) or _build(file, path, (len(source), *shape), decode, skip_broken)
+            finally:
+                lock.release()  # which is no error where the disk knows no locks
     pixels, broken = table
     if broken.any() and not skip_broken:
         source.image(int(broken.argmax()))  # raises the reason
@@ -398,7 +398,7 @@ def _writing(path):
 def _read(file, rows):
     """The pixels (mapped into memory) and the broken rows of a cache file; None where it is absent or damaged."""
     try:
-        pixels, broken = np.load(file, mmap_mode="c"), np.load(f"{file}.broken")
+        pixels, broken = np.load(file, mmap_mode="c"), np.fromfile(f"{file}.broken", bool)
         return (pixels, broken) if len(pixels) == len(broken) == rows else None
     except (OSError, ValueError, EOFError):
         return None
@@ -422,13 +422,9 @@ def _build(file, path, shape, decode, skip_broken):
         for pixels in tqdm(decode(order, broken), "decode", len(order), leave=False, disable=None):
             opened.write(pixels.numpy())
 
-    def fill_broken(opened):
-        content = io.BytesIO()
-        np.save(content, np.isin(np.arange(shape[0]), list(broken or ())))
-        opened.write(content.getbuffer())
-
     runtime.write(file, fill)
-    runtime.write(f"{file}.broken", fill_broken)
+    is_broken = np.isin(np.arange(shape[0]), list(broken or ()))
+    runtime.write(f"{file}.broken", lambda opened: opened.write(is_broken.tobytes()))
     return _read(file, shape[0])
 
 
@@ -436,10 +432,12 @@ def list_broken(source, is_broken, path):
     """Lists the broken images of `source` in the file `path`. Raises RunError for more than one in a hundred."""
     count = int(is_broken.sum())
     if runtime.is_main():
+        lines = [os.fsencode(source.path(row)) + b"\n" for row in np.flatnonzero(is_broken)]
         with _writing(path), contextlib.suppress(FileNotFoundError):
-            os.makedirs(os.path.dirname(path), exist_ok=True) if count else os.remove(path)
-            lines = [os.fsencode(source.path(row)) + b"\n" for row in np.flatnonzero(is_broken)]
-            if count:
+            if not count:
+                os.remove(path)
+            else:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
                 runtime.write(path, lambda file: file.writelines(lines))
     found = f"{count:,} of {len(source):,} images cannot be decoded"
     if count * 100 > len(source):
@@ -465,7 +463,8 @@ def choose_cache(wanted, sources, size, device, folder):
     needed = sum(len(source) * source.channels for source in sources) * size**2
     free = {"device": free_on(device), "ram": free_memory() // runtime.local_count(), "disk": 0}
     if all(map(is_files, sources)):
-        built = [path for source in sources for path in glob.glob(f"{glob.escape(cache_path(source, size, folder))}-*")]
+        starts = [glob.escape(cache_path(source, size, folder)) for source in sources]
+        built = [path for start in starts for path in glob.glob(f"{start}-*.npy")]
         free["disk"] = free_disk(folder) + sum(map(os.path.getsize, built))
     elif wanted == "disk":
         print("cache: --cache disk is for image files; what is drawn or bundled stays in memory")

@@ -8,6 +8,7 @@ import argparse
 import functools
 import os
 import statistics
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -205,7 +206,9 @@ def plot(width, height, panels=1):
 
 def drawn(figure):
     """The matplotlib Figure as a PIL image."""
-    figure.canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name may have letters that the font lacks
+        figure.canvas.draw()
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 

@@ -160,6 +160,12 @@ def read_lines(path):
     return [line.removesuffix("\r") for line in text.split("\n")]  # splitlines() would break at more than line ends
 
 
+def printable(name):
+    """A file's name as a line of text: bytes that are none are escaped, and so is what would break the line."""
+    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 def relative(path):
     """`path` as the user would type it from here, if it lies below here."""
     path = os.path.relpath(path)

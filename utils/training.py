@@ -135,6 +135,8 @@ def check_folder(folder, contents, kept, overwrite=False, keep=False):
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-folder {folder} is a file; give the name of a folder")
+    if os.fspath(folder).encode(errors="replace").decode() != os.fspath(folder):  # TensorBoard wants text
+        raise UsageError(f"--output-folder {ascii(os.fspath(folder))} is no text in UTF-8; choose another name")
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise RunError(f"--output-folder {folder}: {above} may not be written to; choose another folder")
