@@ -368,10 +368,8 @@ def open_table(path, source, shape, decode, skip_broken, pinned):
             except RunError:
                 print(f"cache: waiting for another process that writes {file}", flush=True)
                 lock = runtime.locked(f"{path}.lock", -1, "")
-            try:
+            with lock:
                 table = _read(file, len(source)) or _build(file, path, (len(source), *shape), decode, skip_broken)
-            finally:
-                lock.release()  # which is no error where the disk knows no locks
     pixels, broken = table
     if broken.any() and not skip_broken:
         source.image(int(broken.argmax()))  # raises the reason
