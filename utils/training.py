@@ -275,7 +275,7 @@ class Run:
                 _drop_later_lines(self.folder / self.lines, self.step, self.owes_test)
             _let_the_clock_pass(logs)
             self.records = open(self.folder / self.lines, "a", encoding="utf-8")
-            self.board = SummaryWriter(_in_text(logs), purge_step=self.step + 1 if self.step else None)
+            self.board = SummaryWriter(logs, purge_step=self.step + 1 if self.step else None)
         return self
 
     def __exit__(self, *reason):
@@ -473,16 +473,6 @@ class Run:
 def progress_bar(batches, unit, total, initial=0):
     """A progress bar on a terminal; one for all processes."""
     return tqdm(batches, unit, total, initial=initial, leave=False, disable=None if runtime.is_main() else True)
-
-
-def _in_text(folder):
-    """A path of the new or old `folder` that TensorBoard can encode: names of files need not be text."""
-    try:
-        os.fspath(folder).encode()
-        return folder
-    except UnicodeEncodeError:
-        folder.mkdir(parents=True, exist_ok=True)
-        return f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}"
 
 
 def _let_the_clock_pass(logs):
