@@ -10,6 +10,7 @@ from pathlib import Path
 
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: runs are bit for bit the same on a CPU only
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
 
 import numpy as np
 import pytest

@@ -227,7 +227,7 @@ def test_who_waits_for_another_process_says_so(flat, monkeypatch, capsys):
     path = batches.cache_path(flat[0], 32, str(flat[1]))
     flat[1].mkdir()
     other = runtime.locked(f"{path}.lock", 0, "")
-    monkeypatch.setattr("builtins.print", lambda *words, say=print, **more: (say(*words, **more), other.release()))
+    monkeypatch.setattr("builtins.print", lambda *words, say=print, **more: (say(*words, **more), other.lock.release()))
     open_batches(flat[0], "disk", flat[1])
     assert "waiting for another process that writes" in capsys.readouterr().out
 
