@@ -350,7 +350,8 @@ def torchvision_set(name, folder):
 
 def _download(load, name, folder):
     names, images = scan(folder.parent, Counter()) if folder.parent.is_dir() else ((), ())
-    if images or any(splits_among(names)):
+    are_classes = names and all(scan(folder.parent / name, Counter())[1] for name in names)
+    if images or are_classes or any(splits_among(names)):
         raise RunError(f"{folder.parent} holds images, but not {name}; add --dataset folder to take them")
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)

@@ -81,7 +81,7 @@ WRONG = {2: (
     "--dataset folder --data-folder none: none, --data-folder", "--dataset places205 --data-folder places: line 2",
     "--dataset folder --data-folder a_file: a_file",
     "--dataset folder --data-folder empty: empty, no images", "--dataset folder --data-folder single: two or more",
-    "--dataset folder --data-folder no_images: no_images, ant", "--dataset indoor --data-folder empty: allminustest",
+    "--dataset folder --data-folder no_images: no_images, no images", "--dataset indoor --data-folder empty: allminustest",
     "--dataset folder --data-folder broken: cannot be decoded, --skip-broken",
     "--dataset cifar100 --data-folder broken: holds images, add --dataset folder",
     "--dataset imagenet --data-folder empty: empty/train, CLASS", "--dataset miniimagenet --data-folder empty: /train",
