@@ -266,6 +266,8 @@ def prepare_layers(settings, model):
     """Freeze what --freeze names; keep BatchNorm's scale and shift where the encoder comes from a file."""
     names = [name for name, _ in model.encoder.named_children()]
     count = features.children_until(settings.encoder_arch).get(settings.freeze, settings.freeze)
+    if count in features.CUTS:
+        raise UsageError(f"--freeze {count}: this encoder has no such layer; give a number, or -1 for all")
     probing = settings.linear or settings.knn
     if count == -1 or probing and count == 0:
         count = len(names)

@@ -1,7 +1,7 @@
 """Train PatchVAE, or the beta-VAE that it is compared with, on images without labels.
 
     python run.py --dataset shapes --num-epochs 8 --img-per-epoch 5000 --lr 1e-3 --scale 4 --beta-v 2
-    python run.py --dataset folder --data-folder my/images --output-folder mine --lr 1e-3 --beta-v 2
+    python run.py --dataset folder --data-folder my/images --output-folder mine --lr 1e-3 --beta-a 0.1 --beta-v 0.1
 """
 
 import os
@@ -83,9 +83,11 @@ def parse(argv):
         return options.Settings(**values), None, checkpoint
     if values["evaluate"] and values["pretrained"] is None:
         values["pretrained"] = os.path.join(values["output_folder"], "model.pt")
+    elif values["evaluate"] and "output_folder" not in typed:
+        values["output_folder"] = os.path.dirname(values["pretrained"]) or "."
     if values["pretrained"]:
         file = training.load(values["pretrained"], training.MODEL)
-        saved = {"pretrained": values["pretrained"], **options.described(file)}
+        saved = {name: values[name] for name in ("pretrained", "output_folder")} | options.described(file)
         saved |= options.data_of(file, typed, TESTED_WITH) if values["evaluate"] else {}
         values = options.merge(parser.defaults, saved, typed, options.DESCRIBED, values["pretrained"])
         options.check_channels(values["dataset"], file["options"], values["pretrained"])
@@ -256,7 +258,7 @@ def finish_epoch(settings, described, model, test, run):
         for name, picture in draw_pictures(settings, model, test).items():
             run.picture(name, picture, f"images/{name}_epoch_{run.epoch:03d}.png")
     losses = f"train {in_words(settings, trained)}  test {in_words(settings, found)}"
-    words = f"{losses}  {in_use(settings, found)}  {run.speed:.0f} images/s"
+    words = f"{losses}  {sure_parts(settings, found)}  {run.speed:.0f} images/s"
     tqdm.write(f"epoch {run.epoch}/{settings.num_epochs}  {words}")
 
 
@@ -284,7 +286,7 @@ def evaluate_only(settings, model, test):
         folder = Path(settings.output_folder, "evaluated")
         for name, picture in draw_pictures(settings, model, test).items():
             figures.save(picture, str(folder / f"{name}.png"))
-        print(f"test  {in_words(settings, found)}  {in_use(settings, found)}")
+        print(f"test  {in_words(settings, found)}  {sure_parts(settings, found)}")
         print(f"its pictures are in {runtime.relative(folder)}")
     return found
 
@@ -307,7 +309,7 @@ def bottleneck(settings):
     return f"{settings.num_parts} parts of size {settings.hidden_size} on {cells}x{cells} cells"
 
 
-def in_use(settings, found):
+def sure_parts(settings, found):
     """How much of the bottleneck says something about the image, in words."""
     if settings.arch == "vae":
         return f"{found['latents_in_use']} of {settings.num_parts * settings.hidden_size} latents in use"
@@ -320,9 +322,9 @@ def say_farewell(settings, first, best, folder, train, test):
     quoted = shlex.quote(place)
     before = f"epoch 1: {first['recon']:.1f}, total {first['total']:.1f}"
     print(f"best epoch {best['epoch']}: reconstruction error {best['recon']:.1f}, total {best['total']:.1f} ({before})")
-    print(f"{in_use(settings, best)}; the model is {place}/model.pt, the pictures are in {place}/images")
-    if not best.get("parts_above_half", best.get("latents_in_use")):
-        print("nothing is in use yet: train longer, with a higher --lr such as 1e-3 or a lower --beta-v such as 2")
+    print(f"{sure_parts(settings, best)}; the model is {place}/model.pt, the pictures are in {place}/images")
+    if not best[f"{UNITS[settings.arch]}_in_use"]:
+        print("nothing varies between images yet: train longer, with --lr 1e-3 or a lower --beta-v such as 0.1")
     print(f"next: tensorboard --logdir {quoted}")
     if settings.arch == "patchy":
         print(f"      python utils/parts.py --pretrained {quoted}/model.pt")

@@ -21,12 +21,13 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation of the linea
 NEIGHBOURS = 20
 LARGEST = 9216  # numbers of an image that a probe reads: as many as AlexNet's convolutions leave
 CUTS = ("conv1", "conv1-3", "conv1-5")  # the paper's names of the layers up to convolution block 1, 3, 5
-_ENDS = {"alexnet": (3, 8, 13), "pyramid": (1, 3, 5), "patches": (1, 3, 5)}
+_ENDS = {"alexnet": (3, 8, 13)} | dict.fromkeys(("pyramid", "patches"), (1, 3, 5))
+_ENDS |= dict.fromkeys(("resnet", "resnet18", "resnet50"), (4, 6, 8))
 
 
 def children_until(encoder_arch):
     """How many children of the encoder end with each of CUTS: a dict; a shallow encoder may have fewer."""
-    return dict(zip(CUTS, _ENDS.get(encoder_arch, (4, 6, 8))))
+    return dict(zip(CUTS, _ENDS[encoder_arch]))
 
 
 class Classifier(nn.Module):

@@ -199,7 +199,8 @@ def data_of(file, typed, names):
     """What the model `file` says of its data, and its options `names`: a dict. Another data set has its own folder."""
     saved = file["args"]
     is_same = typed.get("dataset", saved["dataset"]) == saved["dataset"]
-    return {name: saved[name] for name in (*names, "dataset", *["data_folder"] * is_same)}
+    names = (*names, "dataset", *["data_folder"] * is_same)
+    return {name: saved[name] for name in names if name in saved}  # a file of an older version knows fewer
 
 
 def check_channels(dataset, described, path):
