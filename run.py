@@ -120,7 +120,7 @@ def main(argv=None):
         training.check_folder(*place)  # now, and not after an hour of decoding
     device = runtime.choose_device(settings.no_cuda)
     settings = settings.changed(precision=runtime.choose_precision(settings.precision, device))
-    *train, test = opened = open_data(settings, device, file)
+    *train, test = opened = open_data(settings, device, file or checkpoint)
     described = options.describe_model(settings)
     torch.manual_seed(settings.seed)
     model = runtime.channels_last(modules.build_model(described).to(device))
@@ -142,14 +142,15 @@ def step_size(settings):
 
 
 def open_data(settings, device, file):
-    """Batches to train and to test on; of --evaluate to test on: all of a folder that was typed.
+    """Batches to train and to test on; of --evaluate to test on: all of images that the model was not trained on.
 
-    `file`: the content of the model file, which knows its own data set.
+    `file`: the content of the model file or checkpoint, which knows its own data set.
     """
     splits = ("unlabelled", "test")
     if settings.evaluate:
-        is_own = "data_folder" not in settings.typed and (not file or file["args"]["dataset"] == settings.dataset)
-        splits = ("test" if is_own else "all",)
+        both = file["args"], vars(settings)
+        own, here = ((args["dataset"], os.path.realpath(args["data_folder"])) for args in both)
+        splits = ("test" if own == here else "all",)
     with runtime.main_first():
         sources = [open_split(settings.dataset, settings.data_folder, split, settings.size) for split in splits]
     return batches.open_batches(settings, sources, device)

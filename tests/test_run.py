@@ -75,11 +75,15 @@ def test_evaluate_needs_test_images_alone_and_leaves_the_folder_free(tmp_path):
     assert training.check_folder(tmp_path / "other", run.CONTENTS, run.KEPT) == []
 
 
-def test_evaluate_tests_all_of_a_folder_that_it_is_given(class_folder, tmp_path, capsys):
-    data = ["--dataset", "folder", "--data-folder", str(class_folder), "--size", "32"]
-    run.main([*data, *TINY, "--output-folder", str(tmp_path)])
-    run.main(["--evaluate", "--output-folder", str(tmp_path), *data])
-    assert "folder: 12 test images" in capsys.readouterr().out
+def test_evaluate_tests_all_of_another_folder_and_of_the_models_own_what_was_held_out(class_folder, tmp_path, capsys):
+    data = ["--dataset", "folder", "--data-folder", str(class_folder)]
+    place = ["--output-folder", str(tmp_path / "run")]
+    run.main([*data, "--size", "32", *TINY, *place])
+    other = ["--data-folder", str(paint_classes(tmp_path / "other"))]
+    for more, images in (([], 3), (data, 3), (["--resume"], 3), (["--resume", *data[2:]], 3), (other, 12)):
+        capsys.readouterr()
+        run.main(["--evaluate", *place, *more])
+        assert f"folder: {images} test images" in capsys.readouterr().out, more
 
 
 def test_another_data_set_is_not_looked_for_in_the_folder_of_the_first(finished):
