@@ -158,6 +158,14 @@ def test_a_classifier_stopped_in_an_epoch_goes_on_bitwise_the_same(tmp_path, mon
                     "classifier.jsonl", "logs_classifier")
 
 
+def test_a_classifier_goes_on_from_its_best_model_in_its_own_folder(tmp_path):
+    classifier.main([*HEAD, "--output-folder", str(tmp_path / "run")])
+    training.release(tmp_path / "run")
+    classifier.main(["--resume", str(tmp_path / "run/best.pt"), "--epochs", "3"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert [event["epoch"] for event in events(tmp_path / "run", "test", "classifier.jsonl")] == [1, 2, 3]
+
+
 def test_flipped_bits_and_cuts_are_noticed(uninterrupted, tmp_path):
     whole, content = (uninterrupted / LAST).read_bytes(), training.load(uninterrupted / LAST, training.TRAINING)
     generator, path = random.Random(1), tmp_path / "damaged.pt"

@@ -110,7 +110,8 @@ def find_run(settings, folder_name, kind):
     if is_auto and not numbered(str(place / folder_name)):
         return None, None
     if place.is_file():
-        checkpoint, folder = load(place, kind), place.resolve().parent.parent
+        checkpoint, folder = load(place, kind), place.resolve().parent
+        folder = folder.parent if folder.name == folder_name else folder  # best.pt lies in the run's folder itself
     else:
         folder = place.parent if place.name == folder_name else place
         checkpoint = newest(str(folder / folder_name), kind)
