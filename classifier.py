@@ -185,6 +185,8 @@ def main(argv=None):
         found, _, _ = evaluate(model, test.in_order(settings.batch_size), len(test))
         print(f"test  {in_words(found)}")
         return found
+    if not (settings.linear or settings.knn):
+        options.check_batch(min(settings.batch_size, len(*train)), cells=1)
     folder = training.prepare_folder(*place)
     if runtime.is_main():
         runtime.write_json(folder / "classifier_args.json", {**vars(settings), **runtime.record()})
@@ -316,7 +318,6 @@ def fit(settings, model, train, test, folder, checkpoint=None):
     network, train, test = skip_frozen_encoder(settings, model, train, test)
     optimizer = build_optimizer(settings, model)
     batch_size = min(settings.batch_size, len(train))
-    options.check_batch(batch_size, cells=1)
     content = {"kind": training.CLASSIFIER, "model": model, "optimizer": optimizer}
     content |= {"class_names": classes, "images": len(train)}
     epochs = batch_size, len(train), settings.epochs

@@ -166,6 +166,12 @@ def test_a_classifier_goes_on_from_its_best_model_in_its_own_folder(tmp_path):
     assert [event["epoch"] for event in events(tmp_path / "run", "test", "classifier.jsonl")] == [1, 2, 3]
 
 
+def test_options_that_cannot_be_right_replace_no_classifier(tmp_path, line_of_error):
+    classifier.main([*HEAD, "--output-folder", str(tmp_path)])
+    status, line = line_of_error(classifier.main, [*HEAD, "-b", "1", "--overwrite", "--output-folder", str(tmp_path)])
+    assert status == 2 and "--batch-size 1" in line and (tmp_path / "best.pt").is_file()
+
+
 def test_flipped_bits_and_cuts_are_noticed(uninterrupted, tmp_path):
     whole, content = (uninterrupted / LAST).read_bytes(), training.load(uninterrupted / LAST, training.TRAINING)
     generator, path = random.Random(1), tmp_path / "damaged.pt"
