@@ -243,6 +243,17 @@ def test_a_folder_in_use_is_refused_and_a_killed_holder_does_not_block(tmp_path,
     assert len(events(tmp_path)) == 4  # two windows, a test, the end
 
 
+def test_what_another_run_saves_before_it_leaves_the_folder_is_not_replaced(uninterrupted, tmp_path, monkeypatch):
+    def locked(path, patience, otherwise):  # the other run leaves, and saves before
+        shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(runtime, "locked", locked)
+    with pytest.raises(runtime.UsageError, match="already holds a run"):
+        training.prepare_folder(tmp_path, run.CONTENTS, run.KEPT)
+    assert (tmp_path / LAST).is_file()
+
+
 def test_without_locks_a_run_warns_once_and_goes_on(tmp_path, monkeypatch, capsys):
     def unable(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")

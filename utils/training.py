@@ -159,11 +159,12 @@ def prepare_folder(folder, contents, kept, overwrite=False, keep=False):
     if not runtime.is_main():
         runtime.wait()
         return folder
-    found = check_folder(folder, contents, kept, overwrite, keep)
+    check_folder(folder, contents, kept, overwrite, keep)
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() not in _locks:
         busy = f"{folder} is in use by another run; wait for it, or choose another --output-folder"
         _locks[folder.resolve()] = runtime.locked(folder / ".lock", 10, busy)  # processes of a killed run end by then
+    found = check_folder(folder, contents, kept, overwrite, keep)  # again: who held the lock may have saved meanwhile
     for path in reversed(found):  # what tells that it is a run goes last: a kill in between leaves it a run
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     for leftover in [path for place in (folder, folder / "checkpoints") for path in place.glob(f"*{UNFINISHED}")]:
