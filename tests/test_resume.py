@@ -252,6 +252,10 @@ def test_what_another_run_saves_before_it_leaves_the_folder_is_not_replaced(unin
     with pytest.raises(runtime.UsageError, match="already holds a run"):
         training.prepare_folder(tmp_path, run.CONTENTS, run.KEPT)
     assert (tmp_path / LAST).is_file()
+    training.release(tmp_path)
+    os.remove(tmp_path / LAST)
+    checkpoint = run.parse(["--resume", "auto", "--output-folder", str(tmp_path)])[2]
+    assert checkpoint["progress"]["step"] == 12  # and so it is what --resume goes on from
 
 
 def test_without_locks_a_run_warns_once_and_goes_on(tmp_path, monkeypatch, capsys):

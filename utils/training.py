@@ -107,14 +107,14 @@ def find_run(settings, folder_name, kind):
         raise UsageError("--overwrite and --resume exclude each other: replace the run or go on with it")
     is_auto = settings["resume"] == "auto"
     place = Path(settings["output_folder"] if is_auto else settings["resume"] or settings["output_folder"])
-    if is_auto and not numbered(str(place / folder_name)):
-        return None, None
-    if place.is_file():
-        checkpoint, folder = load(place, kind), place.resolve().parent
-        folder = folder.parent if folder.name == folder_name else folder  # best.pt lies in the run's folder itself
-    else:
-        folder = place.parent if place.name == folder_name else place
-        checkpoint = newest(str(folder / folder_name), kind)
+    inside = place.resolve().parent if place.is_file() else place
+    folder = inside.parent if inside.name == folder_name else inside  # best.pt lies in the run's folder itself
+    with runtime.main_first():
+        if runtime.is_main() and folder.is_dir() and not settings["evaluate"]:
+            hold(folder)  # before it is read: who held it may save once more at its end
+        if is_auto and not numbered(str(folder / folder_name)):
+            return None, None
+        checkpoint = load(place, kind) if place.is_file() else newest(str(folder / folder_name), kind)
     typed = settings["typed"].get("output_folder", folder)
     if os.path.realpath(typed) != os.path.realpath(folder):
         raise UsageError(f"--resume goes on in the run's own folder, {folder}; leave out --output-folder")
@@ -161,9 +161,7 @@ def prepare_folder(folder, contents, kept, overwrite=False, keep=False):
         return folder
     check_folder(folder, contents, kept, overwrite, keep)
     folder.mkdir(parents=True, exist_ok=True)
-    if folder.resolve() not in _locks:
-        busy = f"{folder} is in use by another run; wait for it, or choose another --output-folder"
-        _locks[folder.resolve()] = runtime.locked(folder / ".lock", 10, busy)  # processes of a killed run end by then
+    hold(folder)
     found = check_folder(folder, contents, kept, overwrite, keep)  # again: who held the lock may have saved meanwhile
     for path in reversed(found):  # what tells that it is a run goes last: a kill in between leaves it a run
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -171,6 +169,13 @@ def prepare_folder(folder, contents, kept, overwrite=False, keep=False):
         leftover.unlink()
     runtime.wait()
     return folder
+
+
+def hold(folder):
+    """Let no other process write into `folder`, until this one ends or releases it. Raises RunError."""
+    if folder.resolve() not in _locks:
+        busy = f"{folder} is in use by another run; wait for it, or choose another --output-folder"
+        _locks[folder.resolve()] = runtime.locked(folder / ".lock", 10, busy)  # processes of a killed run end by then
 
 
 def release(folder):
