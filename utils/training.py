@@ -145,7 +145,13 @@ def check_folder(folder, contents, kept, overwrite=False, keep=False):
     options = folder / contents[0]  # other programs, too, may keep theirs in a file of this name
     if found and not (options.is_file() and ours in options.read_text(encoding="utf-8", errors="replace")):
         raise UsageError(f"--output-folder {folder} holds {found[0].name}, which no run made; choose another folder")
-    if found and not overwrite and any(any(folder.glob(pattern)) for pattern in kept):
+    is_run = found and any(any(folder.glob(pattern)) for pattern in kept)
+    if is_run and overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0):
+        raise UsageError(
+            f"--overwrite would delete what {folder} holds of this very job before torchrun started it again; with "
+            "--max-restarts use --resume auto"
+        )
+    if is_run and not overwrite:
         raise UsageError(
             f"--output-folder {folder} already holds a run ({found[0].name}); choose another folder, or give "
             "--overwrite to replace that run"
