@@ -110,7 +110,8 @@ def find_run(settings, folder_name, kind):
     inside = place.resolve().parent if place.is_file() else place
     folder = inside.parent if inside.name == folder_name else inside  # best.pt lies in the run's folder itself
     with runtime.main_first():
-        if runtime.is_main() and folder.is_dir() and not settings["evaluate"]:
+        is_run = folder.is_dir() and (is_auto or numbered(str(folder / folder_name)))
+        if runtime.is_main() and is_run and not settings["evaluate"]:
             hold(folder)  # before it is read: who held it may save once more at its end
         if is_auto and not numbered(str(folder / folder_name)):
             return None, None
