@@ -71,7 +71,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    """The checked command line `argv` as a namespace. Raises UsageError."""
+    """The checked command line `argv` as Settings. Raises UsageError."""
     parser = options.Parser(description=__doc__)
     parser.option("--pretrained", options.model_file, None, "FILE", "a model.pt of run.py, or the folder of its run",
                   required=True)
