@@ -254,7 +254,7 @@ class Run:
     """One training, from its first step or from a checkpoint to its end, and what it leaves in its folder.
 
     As a context it turns SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) into a wish that is granted after the step at
-    hand; a second signal leaves as soon as Python can hear it. In a job of several processes a signal to one stops all alike.
+    hand; a second signal leaves as soon as Python can hear it. In a job of several processes a signal to one stops all.
     """
 
     checkpoints, lines, logs, tag = "checkpoints", "metrics.jsonl", "logs", "loss/{split}/{name}"
