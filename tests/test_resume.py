@@ -243,6 +243,16 @@ def test_a_folder_in_use_is_refused_and_a_killed_holder_does_not_block(tmp_path,
     assert len(events(tmp_path)) == 4  # two windows, a test, the end
 
 
+def test_data_loading_processes_end_with_a_killed_run_though_nobody_takes_their_batches(tmp_path):
+    large = ["--dataset", "shapes", "--size", "64", "--batch-size", "64", "--img-per-epoch", "6400", "--cache", "none"]
+    process = start(tmp_path, *large, "--workers", "2", "--log-interval", "1")
+    wait_for(process, tmp_path, '"step": 1')
+    process.kill()
+    process.communicate()
+    with runtime.locked(tmp_path / ".lock", 5, "a process of the killed run holds its folder"):
+        assert (tmp_path / "args.json").is_file()
+
+
 def test_what_another_run_saves_before_it_leaves_the_folder_is_not_replaced(uninterrupted, tmp_path, monkeypatch):
     def locked(path, patience, otherwise):  # the other run leaves, and saves before
         shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
