@@ -6,34 +6,28 @@
 
 import argparse
 import copy
-import csv
 import os
 import time
+import warnings
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-import sklearn.metrics
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
 import modules
 from datasets import DATA_SETS, open_split
-from utils import batches, features, figures, options, runtime, training
+from utils import batches, features, options, runtime, training
 from utils.options import above, real, whole
 from utils.runtime import RunError, UsageError
 
 SUPERVISED = ("alexnet", "resnet18")  # whole networks; patchy and vae are the encoders that run.py trains
-# Options that a resumed run may change: they do not touch its figures.
-FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "epochs", "save_minutes", "no_cuda")
 CHECKPOINTS = "checkpoints_classifier"  # the folder of the last three states
-CONTENTS = ("classifier_args.json", CHECKPOINTS, "best.pt", "classifier.jsonl", "logs_classifier")
-CONTENTS += ("results.json", "per_class.csv", "confusion.png")  # of the output folder
-KEPT = ("best.pt", "results.json", f"{CHECKPOINTS}/step_*.pt")  # without one of them, it holds nothing to lose
-# What results.json says of how the figures came about: always, and where a head or a network was trained.
-PROTOCOL = ("arch", "encoder_arch", "scale", "pretrained", "random_init", "label_fraction", "freeze")
-TRAINED_WITH = ("standardise", "epochs", "step", "lr", "momentum", "wd", "batch_size", "precision")
+CONTENTS = ("classifier_args.json", CHECKPOINTS, "best.pt", "classifier.jsonl", "logs_classifier", "results.json")
+CONTENTS += ("confusion.png",)  # of the output folder
+NAMED, NUMBERED = 100, 25  # classes whose names, and whose figures, fit into confusion.png
 
 
 class Run(training.Run):
@@ -68,7 +62,7 @@ def build_parser():
     parser.option("--label-fraction", above(0, 1), 1.0, "P",
                   "share of every class's training labels to use, e.g. 0.01")
     parser.section("training")
-    parser.option("--epochs --num-epochs", whole(1), 90, "K", "how long")
+    parser.option("--epochs --num-epochs", whole(1), 90, "K", "how long", free=True)
     parser.option("--step", whole(1), 30, "K", "the learning rate falls to a tenth every K epochs")
     parser.option("--start-epoch", whole(0), 0, "K", "count the first K epochs as done; --resume knows by itself")
     parser.option("-b --batch-size", whole(1), 256, "K", "images of one step")
@@ -105,8 +99,8 @@ def parse(argv):
     values = options.merge(parser.defaults, {}, typed)
     checkpoint, folder = find_checkpoint(values)
     if checkpoint:
-        free = (*FREE, "batch_size") if values["evaluate"] else FREE
-        values = options.follow_run(parser.defaults, checkpoint["args"], typed, free) | {"output_folder": folder}
+        parser.free |= {"batch_size"} if values["evaluate"] else set()
+        values = options.follow_run(parser, checkpoint["args"], typed) | {"output_folder": folder}
         return options.Settings(**values), None, checkpoint
     if values["pretrained"]:
         file = training.load(values["pretrained"], training.MODEL)
@@ -162,9 +156,9 @@ def find_checkpoint(values):
 def main(argv=None):
     """Train, probe or evaluate as `argv` says; returns the figures, as results.json holds them: a dict."""
     settings, file, checkpoint = parse(argv)
-    place = Path(settings.output_folder), CONTENTS, KEPT, settings.overwrite, checkpoint is not None
+    goes_on = checkpoint is not None
     if not settings.evaluate:
-        training.check_folder(*place)  # now, and not after an hour of decoding
+        training.check_folder(settings.output_folder, CONTENTS, settings.overwrite, goes_on)  # before hours of decoding
     device = runtime.choose_device(settings.no_cuda, settings.gpu)
     settings = settings.changed(precision=runtime.choose_precision(settings.precision, device))
     sources = labelled_sources(settings)
@@ -187,7 +181,7 @@ def main(argv=None):
         return found
     if not (settings.linear or settings.knn):
         options.check_batch(min(settings.batch_size, len(*train)), cells=1)
-    folder = training.prepare_folder(*place)
+    folder = training.prepare_folder(settings.output_folder, CONTENTS, settings.overwrite, goes_on)
     if runtime.is_main():
         runtime.write_json(folder / "classifier_args.json", {**vars(settings), **runtime.record()})
     if settings.linear or settings.knn:
@@ -320,8 +314,10 @@ def fit(settings, model, train, test, folder, checkpoint=None):
     batch_size = min(settings.batch_size, len(train))
     content = {"kind": training.CLASSIFIER, "model": model, "optimizer": optimizer}
     content |= {"class_names": classes, "images": len(train)}
-    epochs = batch_size, len(train), settings.epochs
-    with Run(folder, settings, content, *epochs, checkpoint, settings.print_freq, 1, settings.start_epoch) as run:
+    with Run(
+        folder, settings, content, checkpoint, batch_size=batch_size, images=len(train), epochs=settings.epochs,
+        epochs_done=settings.start_epoch, log_interval=settings.print_freq,
+    ) as run:
         parallel = runtime.compiled(runtime.parallel(network), settings.compile).train()
         stream = train.training(batch_size, settings.seed, run.step + 1, run.last_step)
         for step, (x, labels) in run.steps(stream, partial(finish_epoch, settings, network, test, run)):
@@ -382,11 +378,11 @@ def train_step(settings, network, optimizer, x, labels, step, lr, batch_size):
 
 def finish_epoch(settings, network, test, run):
     """Test, report, keep the best classifier."""
-    found, _, _ = evaluate(network, run.interruptible(test.in_order(settings.batch_size)), len(test))
+    found, _, _ = evaluate(network, test.in_order(settings.batch_size), len(test))
     improved = run.best is None or found["top1"] > run.best["top1"]
     run.note_test(found, improved)
     lr = learning_rate_at(run.epoch, settings.lr, settings.step)
-    words = f"train {in_words(run.epoch_means.read())}  test {in_words(found)}  lr {lr:g}"
+    words = f"train {in_words(run.since_epoch.read())}  test {in_words(found)}  lr {lr:g}"
     tqdm.write(f"epoch {run.epoch}/{settings.epochs}  {words}  {run.speed:.0f} images/s")
     run.scalars({f"{name}/test": value for name, value in found.items()})
     if improved:
@@ -403,7 +399,7 @@ def evaluate(network, stream, images):
     runtime.share_statistics(network)
     with training.evaluating(network):
         found = [(network(x).cpu(), labels.cpu()) for x, labels in stream]
-    scores, labels = (runtime.gather_rows(torch.cat(parts), images) for parts in zip(*found))
+    scores, labels = (features.gather_rows(torch.cat(parts), images) for parts in zip(*found))
     return {"loss": F.cross_entropy(scores, labels).item(), **features.accuracy(scores, labels)}, scores, labels
 
 
@@ -461,31 +457,46 @@ def encode_all(settings, model, train, test):
 
 
 def write(settings, folder, frozen, classes, results, scores, labels):
-    """results.json, per_class.csv and confusion.png, and the last words on the console."""
-    values, is_probe = vars(settings), settings.linear or settings.knn
-    names = PROTOCOL + (() if is_probe else TRAINED_WITH)
+    """confusion.png, results.json, and the last words on the console."""
+    is_probe = settings.linear or settings.knn
+    taken_for = confusion_matrix(labels, scores.argmax(1), labels=range(len(classes)), normalize="true")
+    draw_confusion(taken_for, classes, folder / "confusion.png")
     content = {
-        "protocol": {**{name: values[name] for name in names}, "frozen_children": frozen},
-        "data": {**{name: values[name] for name in ("dataset", "data_folder", "size", "inet")},
-                 "classes": len(classes), "test_images": len(labels)},
-        "seed": settings.seed,
+        **results,
+        "per_class": dict(zip(classes, (100 * taken_for.diagonal()).tolist())),  # of the last probe or the best epoch
+        "test_images": len(labels),
+        "frozen_children": frozen,
+        "options": vars(settings),
+        **runtime.record(),
     }
-    right = labels[scores.argmax(1) == labels]
-    hits, images = (torch.bincount(part, minlength=len(classes)).tolist() for part in (right, labels))
-    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", "images", "correct", "accuracy"])
-        for name, correct, count in zip(classes, hits, images):
-            writer.writerow([name, count, correct, f"{100 * correct / count:.2f}" if count else ""])
-    matrix = sklearn.metrics.confusion_matrix(labels, scores.argmax(1), labels=range(len(classes)), normalize="true")
-    figures.save(figures.confusion_picture(matrix, classes), str(folder / "confusion.png"))
-    runtime.write_json(folder / "results.json", {**results, **content, **runtime.record()})  # last: all else is there
-    if "best" in results:
+    runtime.write_json(folder / "results.json", content)  # last: all else is there
+    if not is_probe:
         best, last = results["best"], results["last"]
         print(f"best (chosen on these test images, so a little flattered): epoch {best['epoch']}  {in_words(best)}")
         print(f"last: epoch {last['epoch']}  {in_words(last)}")
     of = "knn" if settings.knn else "linear" if settings.linear else "the best epoch"
-    print(f"results.json, and of {of} per_class.csv and confusion.png, are in {runtime.relative(folder)}")
+    print(f"results.json, and confusion.png of {of}, are in {runtime.relative(folder)}")
+
+
+def draw_confusion(matrix, names, path):
+    """How often each true class (row) is taken for each class (column), shares from 0 to 1, as the PNG file `path`."""
+    from matplotlib.figure import Figure  # takes a while: only who has trained waits
+
+    count, step = len(names), -(-len(names) // NAMED)
+    figure = Figure((5 + count / 5, 4 + count / 5) if count < NAMED else (20, 19), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(matrix, cmap="Reds", vmin=0, vmax=1, interpolation="nearest")
+    ticks = range(0, count, step), [name[:24] for name in names[::step]]
+    axes.set_xticks(*ticks, rotation=90, parse_math=False)
+    axes.set_yticks(*ticks, parse_math=False)
+    axes.set(xlabel="class that the classifier names", ylabel="true class")
+    figure.colorbar(image, label="share of the true class's images")
+    for (row, column), share in np.ndenumerate(matrix if count <= NUMBERED else np.zeros((0, 0))):
+        colour = "white" if share > 0.6 else "black"
+        axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color=colour)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name may have letters that the font lacks
+        runtime.write(path, lambda file: figure.savefig(file, format="png"))
 
 
 if __name__ == "__main__":

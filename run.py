@@ -21,13 +21,9 @@ from utils.runtime import UsageError
 ACTIVE = 0.01  # variance over images above which a latent is in use (Burda et al. 2016, section 5.2)
 UNITS = {"patchy": "parts", "vae": "latents"}  # what can be in use
 SHOWN = 12  # images in the pictures of every epoch
-# Options that a resumed run may change: they do not touch its figures.
-FREE = ("data_folder", "output_folder", "workers", "cache", "cache_folder", "no_cuda")
-FREE += ("num_epochs", "save_interval", "save_minutes")
 # Options that --evaluate takes from the model file, as the training had them, unless they are given.
 TESTED_WITH = ("batch_size", "beta_a", "beta_v", "target", "recon_mask")
 CONTENTS = ("args.json", "model.pt", "checkpoints", "logs", "images", "metrics.jsonl")  # of the output folder
-KEPT = ("model.pt", "checkpoints/step_*.pt")  # without one of them, the folder holds nothing to lose
 
 
 def build_parser():
@@ -54,7 +50,7 @@ def build_parser():
                   "after steps 1, 1001, 2001, … the temperature shrinks by exp(-X * step); 0 keeps it")
     parser.option("--min-temp", above(0), 0.1, "T", "but never below this")
     parser.section("training")
-    parser.option("--num-epochs --epochs", whole(1), 30, "K", "how long")
+    parser.option("--num-epochs --epochs", whole(1), 30, "K", "how long", free=True)
     parser.option("--img-per-epoch", whole(1), 50_000, "K",
                   "images of one epoch, in whole batches, whatever the data set's size")
     parser.option("--batch-size", whole(1), 128, "K", "images of one step")
@@ -67,7 +63,7 @@ def build_parser():
     options.add_run_options(parser)
     parser.switch("--evaluate", "do not train: test --pretrained (or the output folder's model.pt), draw its pictures")
     parser.option("--log-interval", whole(1), 50, "K", "steps between logged figures")
-    parser.option("--save-interval", whole(1), 1, "K", "epochs between checkpoints")
+    parser.option("--save-interval", whole(1), 1, "K", "epochs between checkpoints", free=True)
     return parser
 
 
@@ -79,7 +75,7 @@ def parse(argv):
     if values["resume"] is not None:
         folder, checkpoint = training.find_run(values, "checkpoints", training.TRAINING)
     if checkpoint:
-        values = options.follow_run(parser.defaults, checkpoint["args"], typed, FREE) | {"output_folder": folder}
+        values = options.follow_run(parser, checkpoint["args"], typed) | {"output_folder": folder}
         return options.Settings(**values), None, checkpoint
     if values["evaluate"] and values["pretrained"] is None:
         values["pretrained"] = os.path.join(values["output_folder"], "model.pt")
@@ -114,10 +110,10 @@ def check(values):
 def main(argv=None):
     """Train, or evaluate, as `argv` says; returns the best test figures: a dict of floats."""
     settings, file, checkpoint = parse(argv)
-    place = Path(settings.output_folder), CONTENTS, KEPT, settings.overwrite, checkpoint is not None
+    goes_on = checkpoint is not None
     if not settings.evaluate:
         options.check_batch(step_size(settings), (settings.size // settings.scale) ** 2)
-        training.check_folder(*place)  # now, and not after an hour of decoding
+        training.check_folder(settings.output_folder, CONTENTS, settings.overwrite, goes_on)  # before hours of decoding
     device = runtime.choose_device(settings.no_cuda)
     settings = settings.changed(precision=runtime.choose_precision(settings.precision, device))
     *train, test = opened = open_data(settings, device, file or checkpoint)
@@ -131,7 +127,7 @@ def main(argv=None):
     print(f"{settings.arch}: {parameters:,} parameters, encoder {settings.encoder_arch}, {bottleneck(settings)}")
     if settings.evaluate:
         return evaluate_only(settings, model, test)
-    folder = training.prepare_folder(*place)
+    folder = training.prepare_folder(settings.output_folder, CONTENTS, settings.overwrite, goes_on)
     if runtime.is_main():
         runtime.write_json(folder / "args.json", {**vars(settings), **runtime.record()})
     return fit(settings, described, model, *train, test, folder, checkpoint)
@@ -163,9 +159,10 @@ def fit(settings, described, model, train, test, folder, checkpoint=None):
     """The whole training. Returns the best test figures."""
     optimizer = build_optimizer(settings, model)
     content = {"kind": training.TRAINING, "model": model, "optimizer": optimizer, "images": len(train)}
-    epochs = step_size(settings), settings.img_per_epoch, settings.num_epochs
-    intervals = settings.log_interval, settings.save_interval
-    with training.Run(folder, settings, content, *epochs, checkpoint, *intervals) as run:
+    with training.Run(
+        folder, settings, content, checkpoint, batch_size=step_size(settings), images=settings.img_per_epoch,
+        epochs=settings.num_epochs, log_interval=settings.log_interval, save_interval=settings.save_interval,
+    ) as run:
         network = runtime.compiled(runtime.parallel(model), settings.compile).train()
         # Order, mirroring and noise are functions of (seed, step): the step is all that has to be remembered of them.
         stream = train.training(run.batch_size, settings.seed, run.step + 1, run.last_step)
@@ -246,8 +243,8 @@ def posterior_means(posterior):
 
 def finish_epoch(settings, described, model, test, run):
     """Test, report, keep the best model, draw."""
-    found = evaluate(settings, model, run.interruptible(test.in_order(settings.batch_size)), len(test))
-    trained = run.epoch_means.read()
+    found = evaluate(settings, model, test.in_order(settings.batch_size), len(test))
+    trained = run.since_epoch.read()
     improved = run.best is None or found["total"] < run.best["total"]
     run.note_test(found, improved)
     if improved and runtime.is_main():

@@ -229,7 +229,7 @@ def test_who_waits_for_another_process_says_so(flat, monkeypatch, capsys):
     other = runtime.locked(f"{path}.lock", 0, "")
     monkeypatch.setattr("builtins.print", lambda *words, say=print, **more: (say(*words, **more), other.lock.release()))
     open_batches(flat[0], "disk", flat[1])
-    assert "waiting for another process that writes" in capsys.readouterr().out
+    assert f"waiting for another process that holds {path}.lock" in capsys.readouterr().out
 
 
 def test_a_killed_build_leaves_nothing_that_is_believed_or_blocks(flat, monkeypatch, decoded):
@@ -273,14 +273,16 @@ def full(*_):
 ], ids=["late", "early"])
 def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(holder, name, stand_in, flat, monkeypatch):
     monkeypatch.setattr(holder, name, stand_in)
-    with pytest.raises(RunError, match="^[^\n]*--cache-folder[^\n]*$"):
+    with pytest.raises((OSError, RunError)) as error:
         open_batches(flat[0], "disk", flat[1])
+    line = runtime.explain(error.value) if isinstance(error.value, OSError) else str(error.value)
+    assert str(flat[1]) in line and "--cache-folder" in line and "\n" not in line
     assert not tables(flat[1]) and not list(flat[1].glob("*.unfinished"))
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(flat):
     (flat[1].parent / "file").write_text("")
-    with pytest.raises(RunError, match="file/below.*--cache-folder"):
+    with pytest.raises(NotADirectoryError, match="file/below"):
         open_batches(flat[0], "disk", flat[1].parent / "file" / "below")
 
 
@@ -382,8 +384,8 @@ def choose(class_folder, tmp_path, monkeypatch):
 ])
 def test_the_choice_follows_the_free_room(wanted, room, chosen, choose, capsys):
     assert choose(wanted, *(part and NEEDED * part for part in room))[0] == chosen
-    words = "none: an image is decoded" if chosen == "none" else "0.0 MB of decoded images are kept "
-    assert capsys.readouterr().out.startswith(f"cache: {words}")
+    words = "not kept, but decoded" if chosen == "none" else "kept "
+    assert capsys.readouterr().out.startswith(f"cache: 0.0 MB of decoded images are {words}")
 
 
 @pytest.mark.parametrize("wanted, room", [("device", (0.9, 5, 0)), ("device", (None, 0.9, 0)), ("ram", (5, 0.9, 0))])
@@ -400,7 +402,7 @@ def test_a_disk_that_is_full_of_the_very_files_has_room(choose):
 
 def test_what_has_no_files_stays_in_memory(tmp_path, capsys):
     assert choose_cache("disk", [open_split("digits", None, "test", 32)], 32, CPU, tmp_path) == "ram"
-    assert "--cache disk is for image files" in capsys.readouterr().out
+    assert "are kept in memory" in capsys.readouterr().out
 
 
 def test_free_memory_is_part_of_the_machines_and_the_containers(monkeypatch):

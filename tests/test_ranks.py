@@ -96,7 +96,7 @@ def test_two_processes_train_as_one_and_test_exactly(driven, finished, tmp_path)
     for name, result in (("whole", whole), ("head", head)):
         alone = classifier.main([*HEAD, "--evaluate", "--output-folder", str(driven / name)])
         assert alone == pytest.approx({figure: result["best"][figure] for figure in alone}, rel=1e-6)
-        assert json.loads((driven / name / "results.json").read_text())["data"]["test_images"] == 360
+        assert json.loads((driven / name / "results.json").read_text())["test_images"] == 360
     probe = ["--pretrained", str(finished[0]), "--knn", "--no-floor", "--output-folder", str(tmp_path)]
     assert knn["knn"]["top1"] == classifier.main([*HEAD, *probe])["knn"]["top1"]
 

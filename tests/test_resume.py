@@ -76,7 +76,7 @@ def test_tensorboard_reads_the_attempts_in_their_order_however_soon_they_follow(
     """The number of a process may sort before that of an earlier one."""
     for process, step in ((9, 0), (10, 2), (11, 4)):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
-        attempt = training.Run(tmp_path, SimpleNamespace(), {}, 1, 9, 1)
+        attempt = training.Run(tmp_path, SimpleNamespace(), {}, batch_size=1, images=9, epochs=1)
         attempt.step = step
         with attempt:
             for attempt.step in range(step + 1, step + 4):
@@ -88,7 +88,7 @@ LONG_STEP = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from utils import training
-with training.Run(sys.argv[2], None, {}, 1, 1, 1):
+with training.Run(sys.argv[2], None, {}, batch_size=1, images=1, epochs=1):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -116,7 +116,7 @@ def test_a_killed_loading_process_is_one_line(tmp_path, monkeypatch, line_of_err
     assert status == 1 and "a data-loading process died" in line and "--workers 0" in line
 
 
-def test_a_signal_leaves_a_test_at_once_and_the_resumed_run_repeats_it(uninterrupted, tmp_path, monkeypatch):
+def test_a_signal_in_a_test_stops_the_run_after_it(uninterrupted, tmp_path, monkeypatch):
     in_order, drawn = batches.Batches.in_order, []  # how many batches each test has drawn
 
     def terminating(self, batch_size):
@@ -131,7 +131,7 @@ def test_a_signal_leaves_a_test_at_once_and_the_resumed_run_repeats_it(uninterru
     with pytest.raises(runtime.Terminated, match="after step 8"):
         run.main([*OPTIONS, "--output-folder", str(tmp_path)])
     monkeypatch.undo()
-    assert drawn == [23, 3] and [event["step"] for event in events(tmp_path, "test")] == [4]
+    assert drawn == [23, 23] and [event["step"] for event in events(tmp_path, "test")] == [4, 8]
     run.main(["--resume", "--output-folder", str(tmp_path)])
     assert_same_run(tmp_path, uninterrupted)
 
@@ -260,7 +260,7 @@ def test_what_another_run_saves_before_it_leaves_the_folder_is_not_replaced(unin
 
     monkeypatch.setattr(runtime, "locked", locked)
     with pytest.raises(runtime.UsageError, match="already holds a run"):
-        training.prepare_folder(tmp_path, run.CONTENTS, run.KEPT)
+        training.prepare_folder(tmp_path, run.CONTENTS)
     assert (tmp_path / LAST).is_file()
     training.release(tmp_path)
     os.remove(tmp_path / LAST)
@@ -282,7 +282,7 @@ def test_without_locks_a_run_warns_once_and_goes_on(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(fcntl, "flock", unable)
     for _ in range(2):
-        training.prepare_folder(tmp_path, run.CONTENTS, run.KEPT)
+        training.prepare_folder(tmp_path, run.CONTENTS)
     warning = capsys.readouterr().err
     assert "cannot be locked" in warning and "No locks available" in warning and warning.count("\n") == 1
 
@@ -332,15 +332,15 @@ def test_a_folder_that_was_killed_while_it_was_cleared_can_be_overwritten(killed
 
     monkeypatch.setattr(Path, "unlink", killed)
     with contextlib.suppress(KeyboardInterrupt):
-        training.prepare_folder(tmp_path, contents, (), overwrite=True)
+        training.prepare_folder(tmp_path, contents, overwrite=True)
     monkeypatch.undo()
-    training.prepare_folder(tmp_path, contents, (), overwrite=True)
+    training.prepare_folder(tmp_path, contents, overwrite=True)
     assert not [name for name in contents if (tmp_path / name).exists()]
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
-    content = {"kind": training.MODEL, "model": {}}
+    content = {"kind": training.TRAINING, "model": {}}
     training.save(path, {**content, "value": 1})
 
     def full(descriptor):
@@ -349,7 +349,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_file(tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
         training.save(path, {**content, "value": 2})
-    assert training.load(path, training.MODEL)["value"] == 1
+    assert training.load(path, training.TRAINING)["value"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -364,22 +365,16 @@ def cache_path(source, size, folder, ending=""):
 def open_table(path, source, shape, decode, skip_broken, pinned):
     """The Table in the file `path`-HASH.npy, where HASH stands for the images and the way they are decoded.
 
-    It is made if need be, and those of other images or ways are removed. Raises RunError.
+    It is made if need be, and those of other images or ways are removed. Raises RunError or OSError.
     """
     stamps = np.array([_stamp(source.path(row)) for row in range(len(source))], np.int64)
     facts = json.dumps({**DECODING, "shape": shape}).encode(), source.paths.tobytes(), stamps.tobytes()
     file = f"{path}-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:12]}.npy"
     table = _read(file, len(source))
     if table is None:  # without the lock so far: a shared cache may be read-only
-        with _writing(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            try:
-                lock = runtime.locked(f"{path}.lock", 1, "")
-            except RunError:
-                print(f"cache: waiting for another process that writes {file}", flush=True)
-                lock = runtime.locked(f"{path}.lock", -1, "")
-            with lock:
-                table = _read(file, len(source)) or _build(file, path, (len(source), *shape), decode, skip_broken)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with runtime.locked(f"{path}.lock"):
+            table = _read(file, len(source)) or _build(file, path, (len(source), *shape), decode, skip_broken)
     pixels, broken = table
     if broken.any() and not skip_broken:
         source.image(int(broken.argmax()))  # raises the reason
@@ -395,14 +390,6 @@ def _stamp(path):
     return found.st_size, found.st_mtime_ns
 
 
-@contextlib.contextmanager
-def _writing(path):
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror or error}; free some space or choose another --cache-folder") from None
-
-
 def _read(file, rows):
     """The pixels (mapped into memory) and the broken rows of a cache file; None where it is absent or damaged."""
     try:
@@ -413,20 +400,19 @@ def _read(file, rows):
 
 
 def _build(file, path, shape, decode, skip_broken):
-    needed, free = int(np.prod(shape)), shutil.disk_usage(os.path.dirname(file)).free
     for other in glob.glob(f"{glob.escape(path)}-*.npy*"):
         os.remove(other)
+    needed, free = int(np.prod(shape)), shutil.disk_usage(os.path.dirname(file)).free
     if needed > free:
         raise RunError(
             f"{file}: {amount(needed)} of decoded images do not fit into {amount(free)} of free disk; free some space, "
             "choose another --cache-folder, or use --cache none"
         )
     print(f"cache: {file}: decoding {shape[0]:,} images once ({amount(needed)})", flush=True)
-    broken = set() if skip_broken else None
+    broken, order = set() if skip_broken else None, slices(slice(0, shape[0]), CHUNK)
 
     def fill(opened):
         np.lib.format.write_array_header_1_0(opened, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        order = slices(slice(0, shape[0]), CHUNK)
         for pixels in tqdm(decode(order, broken), "decode", len(order), leave=False, disable=None):
             opened.write(pixels.numpy())
 
@@ -439,19 +425,18 @@ def _build(file, path, shape, decode, skip_broken):
 def list_broken(source, is_broken, path):
     """Lists the broken images of `source` in the file `path`. Raises RunError for more than one in a hundred."""
     count = int(is_broken.sum())
-    if runtime.is_main():
+    if runtime.is_main() and count:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         lines = [os.fsencode(source.path(row)) + b"\n" for row in np.flatnonzero(is_broken)]
-        with _writing(path), contextlib.suppress(FileNotFoundError):
-            if not count:
-                os.remove(path)
-            else:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                runtime.write(path, lambda file: file.writelines(lines))
-    found = f"{count:,} of {len(source):,} images cannot be decoded"
+        with contextlib.suppress(FileNotFoundError):  # another process that lists the same has renamed the file
+            runtime.write(path, lambda file: file.writelines(lines))
+    elif runtime.is_main():
+        Path(path).unlink(missing_ok=True)
+    found = f"{source.root}: {count:,} of {len(source):,} images cannot be decoded"
     if count * 100 > len(source):
-        raise RunError(f"{source.root}: {found}, more than one in a hundred; {path} lists them: repair or remove them")
+        raise RunError(f"{found}, more than one in a hundred; {path} lists them: repair or remove them")
     if count:
-        print(f"{source.root}: {found} and are left out; {path} lists them")
+        print(f"{found} and are left out; {path} lists them")
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -475,8 +460,7 @@ def choose_cache(wanted, sources, size, device, folder):
         built = [path for start in starts for path in glob.glob(f"{start}-*.npy")]
         free["disk"] = free_disk(folder) + sum(map(os.path.getsize, built))
     elif wanted == "disk":
-        print("cache: --cache disk is for image files; what is drawn or bundled stays in memory")
-        wanted = "ram"
+        wanted = "ram"  # only image files have a place to be known by
     mode = "ram" if wanted == "device" and device.type != "cuda" else wanted
     if mode == "auto":  # the model wants most of the device, and the system some memory
         room = {"device": free["device"] // 4, "ram": free["ram"] // 2, "disk": free["disk"]}
@@ -486,11 +470,9 @@ def choose_cache(wanted, sources, size, device, folder):
             f"--cache {wanted}: {amount(needed)} of decoded images do not fit into {amount(free[mode])} of free "
             "memory; use --cache disk or none"
         )
-    places = {"device": "on the GPU", "ram": "in memory", "disk": f"in {folder}"}
-    if mode in places:
-        print(f"cache: {amount(needed)} of decoded images are kept {places[mode]}")
-    else:
-        print("cache: none: an image is decoded whenever it is needed")
+    places = {"device": "kept on the GPU", "ram": "kept in memory", "disk": f"kept in {folder}",
+              "none": "not kept, but decoded whenever they are needed"}
+    print(f"cache: {amount(needed)} of decoded images are {places[mode]}")
     return mode
 
 

@@ -103,7 +103,18 @@ def extract(encode, batches, batch_size, mirrored=False):
             features = torch.empty(len(labels), found.shape[1])
         part = slice(start, start + len(found))
         features[part], labels[part], start = found, y, part.stop
-    return runtime.gather_rows(features, len(batches)), runtime.gather_rows(labels, len(batches))
+    return gather_rows(features, len(batches)), gather_rows(labels, len(batches))
+
+
+def gather_rows(own, length):
+    """This process's share of `length` rows -> all of them, in order, on every process: own×… -> length×…"""
+    if runtime.count() == 1:
+        return own
+    rows = own.new_empty(length, *own.shape[1:])
+    rows[runtime.share(length)] = own
+    for number in range(runtime.count()):
+        torch.distributed.broadcast(rows[runtime.share(length, number)], src=number)
+    return rows
 
 
 def coarser_grid(f):

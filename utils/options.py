@@ -18,7 +18,7 @@ PARTS_ONLY = ("categorical", "hard", "independent", "py")
 # What a model file knows of itself; where the command line says otherwise, it contradicts the file.
 DESCRIBED = ("arch", "encoder_arch", "decoder_arch", "size", "inet", "ngf", "independent", "scale", "num_parts")
 DESCRIBED += ("hidden_size", "py", "categorical", "hard")
-OF_COMMAND = ("output_folder", "overwrite", "resume", "evaluate", "gpu", "typed")  # not of the run that goes on
+OF_COMMAND = ("overwrite", "resume", "evaluate", "gpu")  # not of the run that goes on
 
 
 # ---------------------------------------------------------------------------------------------------- types
@@ -76,7 +76,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser for typed options: its errors are UsageErrors, it takes no abbreviations.
 
     `option` and `switch` add to the section begun last. The defaults lie in `defaults`, a dict, so that what was typed
-    stays apart from them.
+    stays apart from them; in `free` the names of the options that a resumed run may change, as no figure depends on
+    them.
     """
 
     def __init__(self, **options):
@@ -85,25 +86,26 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
             **options,
         )
-        self.defaults, self.current = {}, self
+        self.defaults, self.free, self.current = {}, set(OF_COMMAND), self
 
     def section(self, title):
         self.current = self.add_argument_group(title)
 
-    def option(self, flags, kind, default, metavar, words, **more):
+    def option(self, flags, kind, default, metavar, words, free=False, **more):
         """An option with a value: its flags, a type or a tuple of choices, and a help text."""
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        more |= {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        more |= {"metavar": metavar} if metavar else {}
         words += "" if default is None else f" (default: {default})"
-        how |= {"metavar": metavar} if metavar else {}
-        action = self.current.add_argument(*flags.split(), help=words, default=argparse.SUPPRESS, **how, **more)
-        self.defaults[action.dest] = default
+        self._add(flags, default, words, free, **more)
 
-    def switch(self, flags, words, **more):
+    def switch(self, flags, words, free=False):
         """An option without a value, off by default."""
-        action = self.current.add_argument(
-            *flags.split(), help=words, default=argparse.SUPPRESS, action="store_true", **more
-        )
-        self.defaults.setdefault(action.dest, False)
+        self._add(flags, False, words, free, action="store_true")
+
+    def _add(self, flags, default, words, free, **how):
+        action = self.current.add_argument(*flags.split(), help=words, default=argparse.SUPPRESS, **how)
+        self.defaults[action.dest] = default
+        self.free |= {action.dest} if free else set()
 
     def typed(self, argv=None):
         """What `argv` itself says: a dict. Raises UsageError."""
@@ -148,11 +150,11 @@ def merge(defaults, saved, typed, fixed=(), source="the run"):
     return {**defaults, **saved, **kept, "typed": typed}
 
 
-def follow_run(defaults, saved, typed, free):
-    """The options of the run that goes on, `saved`; those in `free` and of this command may be typed anew: a dict."""
-    own = {name: defaults[name] for name in OF_COMMAND if name in defaults}
-    fixed = [name for name in defaults if name not in (*free, *OF_COMMAND)]
-    return {**merge(defaults, {**saved, **own}, typed, fixed), "typed": saved["typed"]}
+def follow_run(parser, saved, typed):
+    """The options of the run that goes on, `saved`; those that the parser calls free may be typed anew: a dict."""
+    own = {name: parser.defaults[name] for name in OF_COMMAND if name in parser.defaults}
+    fixed = [name for name in parser.defaults if name not in parser.free]
+    return {**merge(parser.defaults, {**saved, **own}, typed, fixed), "typed": saved["typed"]}
 
 
 def complete(values, typed):
@@ -167,7 +169,8 @@ def complete(values, typed):
         use = f"{', '.join(first)} or {last}" if first else last
         raise UsageError(f"--scale {scale} with --encoder-arch {encoder}: use {use}")
     if size % scale and values["arch"] in ARCHS:  # whole networks average whatever map they get
-        raise UsageError(f"--size {size} is not a multiple of --scale {scale}; use --size {_nearest(size, scale)}")
+        near = max(scale, round(size / scale) * scale)
+        raise UsageError(f"--size {size} is not a multiple of --scale {scale}; use --size {near}")
     if size < (least := LEAST.get(encoder, 1)):
         raise UsageError(f"--size {size} leaves {encoder} nothing to pool; use --size {least} or more")
     wrong = [name for name in PARTS_ONLY if name in typed and values["arch"] == "vae"]
@@ -177,10 +180,6 @@ def complete(values, typed):
         fit = math.ceil(values["ngf"] / values["num_parts"]) * values["num_parts"]
         raise UsageError(f"--independent needs --ngf to be a multiple of --num-parts {values['num_parts']}; use {fit}")
     return values
-
-
-def _nearest(size, scale):
-    return max(scale, round(size / scale) * scale)
 
 
 def describe_model(settings):
@@ -240,16 +239,16 @@ def add_data_options(parser, of_model=False):
     parser.option("--dataset", tuple(DATA_SETS), default, "NAME", f"one of {', '.join(DATA_SETS)}. shapes, binshapes, "
                   "bincircles and digits need no files; folder takes your own images")
     parser.option("--data-folder", path, None if of_model else "./data", "DIR",
-                  "where its files lie or are downloaded to; README lists the layouts")
+                  "where its files lie or are downloaded to; README lists the layouts", free=True)
     parser.option("--size", whole(2), None, "PIXELS", f"side of the square images; a multiple of --scale ({native})")
     parser.switch("--inet", "normalise with ImageNet's mean and deviation instead of 0.5 and 0.5; the reconstruction "
                   "then weighs about five times as much against the KL terms")
     parser.option("-j --workers", whole(0), 4, "K", "processes that decode images, at most one per core; 0 decodes in "
-                  "the main process")
+                  "the main process", free=True)
     parser.option("--cache", batches.CACHES, "auto", None, "where decoded images stay: device (on the GPU), ram, disk "
-                  "(a file that later runs use too) or none; auto takes the first with room")
+                  "(a file that later runs use too) or none; auto takes the first with room", free=True)
     parser.option("--cache-folder", path, None, "DIR", "where --cache disk keeps its files; best on a local SSD "
-                  "(default: .cache in the data folder)")
+                  "(default: .cache in the data folder)", free=True)
     parser.switch("--skip-broken", "decode all images at the start and leave out the broken, at most one in a hundred, "
                   "listed in the cache folder; without it the first broken one stops the run")
 
@@ -272,17 +271,18 @@ def add_model_options(parser):
     parser.switch("--independent", "decode every part by itself and add up; --ngf a multiple of N")
 
 
-def add_run_options(parser, default_folder="./scratch"):
+def add_run_options(parser):
     """The section `machine and output` of both scripts."""
     parser.section("machine and output")
     parser.option("--precision", runtime.PRECISIONS, "auto", None, "bf16 trains about twice as fast: convolutions in "
                   "bfloat16, the rest in float32; auto takes it where the hardware has it")
     parser.switch("--compile", "let torch.compile make kernels for this machine first, half a minute or more; "
                   "utils/benchmark.py --compile tells whether it pays")
-    parser.switch("--no-cuda", "compute on the CPU even where there is a GPU")
-    parser.option("--output-folder", path, default_folder, "DIR", "where everything goes that the run leaves")
+    parser.switch("--no-cuda", "compute on the CPU even where there is a GPU", free=True)
+    parser.option("--output-folder", path, "./scratch", "DIR", "where everything goes that the run leaves", free=True)
     parser.option("--resume", path, None, "PATH", "go on with the run of this folder or checkpoint (default: the "
                   "output folder), with its options; auto: go on if there is one, else begin, as jobs want that are "
                   "started again", nargs="?", const=False)
     parser.switch("--overwrite", "replace the run that the output folder holds")
-    parser.option("--save-minutes", above(0), 15.0, "X", "save also when this long has passed since the last time")
+    parser.option("--save-minutes", above(0), 15.0, "X", "save also when this long has passed since the last time",
+                  free=True)

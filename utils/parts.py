@@ -78,7 +78,7 @@ def main(argv=None):
     settings, model, device = trained.open_model(build_parser(), argv)
     settings = complete(settings, model)
     images = open_images(settings, device)
-    folder = training.prepare_folder(settings.output_folder, CONTENTS, (), keep=True)
+    folder = training.prepare_folder(settings.output_folder, CONTENTS, keep=True)
     found = survey(model, images, settings.batch_size)
     examples = images.examples(settings.ablation_images)
     target = modules.reconstruction_target(examples, settings.target, *normalisation(len(images.mean), settings.inet))

@@ -25,11 +25,24 @@ from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Slurm's last
-LOST = ("DistBackendError", "DistNetworkError", "DistStoreError", "gloo", "NCCL")  # a peer's end, as torch reports it
 MEETING = datetime.timedelta(minutes=10)  # in which all processes of a job have to start
 PATIENCE = datetime.timedelta(minutes=60)  # how long one process may be busy, with a download say, while others wait
 UNFINISHED = ".unfinished"  # ends the name of a file that is being written; a killed process leaves it behind
 PRECISIONS = ("auto", "fp32", "bf16")  # of --precision
+# Words by which errors are known that torch raises for the machine's sake, and what is said instead.
+KNOWN = (
+    (("MemoryError", "out of memory", "allocate memory"), "out of memory; try a smaller --batch-size or --size"),
+    (("DistBackendError", "DistNetworkError", "DistStoreError", "gloo", "NCCL"),
+     "lost the other processes of this job; one of them says why, or was killed ({})"),
+    (("DataLoader worker",), "a data-loading process died ({}); try --workers 0"),
+    (("torch._dynamo", "torch._inductor"), "--compile cannot compile here, leave it out ({})"),
+)
+REMEDIES = {
+    errno.ENOSPC: "; free some space or choose another --output-folder or --cache-folder",
+    errno.EACCES: "; choose a place you may write to",
+    errno.EROFS: "; choose a place you may write to",
+    errno.EMFILE: "; raise `ulimit -n`, or use --workers 0",
+}
 
 
 # ---------------------------------------------------------------------------------------------------- exit
@@ -95,28 +108,22 @@ def _outcome(main):
     except OSError as error:
         return 1, f"error: {explain(error)}"
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
-            return 1, "error: out of memory; try a smaller --batch-size or --size"
-        if any(word in f"{type(error).__name__} {error}" for word in LOST):
-            reason = str(error).splitlines()[0]
-            return 1, f"error: lost the other processes of this job; one of them says why, or was killed ({reason})"
-        if "DataLoader worker" in str(error):  # raised wherever the program was, when its end was noticed
-            return 1, f"error: a data-loading process died ({str(error).splitlines()[0]}); try --workers 0"
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            return 1, f"error: --compile cannot compile here, leave it out ({str(error).splitlines()[0]})"
+        words = f"{type(error).__module__}.{type(error).__name__}: {error}"
+        for signs, line in KNOWN:
+            if any(sign in words for sign in signs):
+                return 1, f"error: {line.format(first_line(error))}"
         raise
+
+
+def first_line(error):
+    """The first line of an error's message; of an empty one, its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def explain(error):
     """One line for an OSError: the file, what is wrong, and what would help where that is known."""
-    remedy = {
-        errno.ENOSPC: "; free some space or choose another --output-folder",
-        errno.EACCES: "; choose a place you may write to",
-        errno.EROFS: "; choose a place you may write to",
-        errno.EMFILE: "; raise `ulimit -n`, or use --workers 0",
-    }.get(error.errno, "")
     place = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
-    return f"{place}{error.strerror or error}{remedy}"
+    return f"{place}{error.strerror or error}{REMEDIES.get(error.errno, '')}"
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -141,17 +148,13 @@ def write(path, fill):
 
 def write_json(path, content):
     """Write `content` as indented JSON, complete or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-    write(path, lambda file: file.write(text.encode()))
+    write(path, lambda file: file.write(f"{json.dumps(content, indent=2)}\n".encode()))
 
 
 def read_lines(path):
-    """The lines of a text file in UTF-8 or UTF-16 with their marks, or else Latin-1: a list of str. Raises RunError."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise RunError(explain(error)) from None
+    """The lines of a text file in UTF-8 or UTF-16 with their marks, or else Latin-1: a list of str. Raises OSError."""
+    with open(path, "rb") as file:
+        content = file.read()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = content.decode(encoding)
@@ -172,17 +175,21 @@ def relative(path):
     return os.path.abspath(path) if path.startswith("..") else path
 
 
-def locked(path, patience, otherwise):
+def locked(path, patience=None, otherwise=""):
     """A lock on the file `path`, held from now on until it is left as a context, or the process ends.
 
-    `patience`: seconds to wait for another process (-1: for ever) before RunError(`otherwise`) is raised.
+    `patience`: seconds to wait for another process before RunError(`otherwise`) is raised; None: for ever, saying so.
     """
+    lock = FileLock(path)
     try:
-        return FileLock(path).acquire(timeout=patience)
+        return lock.acquire(timeout=1 if patience is None else patience)
     except Timeout:
-        raise RunError(otherwise) from None
+        if patience is not None:
+            raise RunError(otherwise) from None
+        print(f"waiting for another process that holds {path}", flush=True)
+        return lock.acquire()
     except (OSError, NotImplementedError) as error:
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+        if getattr(error, "errno", None) in REMEDIES:
             raise
         print(f"warning: {path} cannot be locked ({error}): let no other run write there", file=sys.stderr)
         return contextlib.nullcontext()
@@ -295,17 +302,6 @@ def _reduced(values, operation):
 def wait():
     """Wait until every process has come here."""
     total(torch.zeros(1))
-
-
-def gather_rows(own, length):
-    """This process's share of `length` rows -> all of them, in order, on every process: own×… -> length×…"""
-    if count() == 1:
-        return own
-    rows = own.new_empty(length, *own.shape[1:])
-    rows[share(length)] = own
-    for number in range(count()):
-        dist.broadcast(rows[share(length, number)], src=number)
-    return rows
 
 
 @contextlib.contextmanager
