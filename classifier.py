@@ -125,6 +125,8 @@ def check(values):
     """Raises UsageError for options that exclude each other."""
     if values["start_epoch"] >= values["epochs"]:
         raise UsageError(f"--start-epoch {values['start_epoch']} leaves none of --epochs {values['epochs']} to train")
+    if values["no_cuda"] and values["gpu"] is not None:
+        raise UsageError(f"--no-cuda leaves no GPU {values['gpu']} to use; drop it or --gpu")
     wanting = [flag for flag in ("freeze", "linear", "knn") if values[flag] not in (0, False)]
     if wanting and not (values["pretrained"] or values["random_init"]):
         raise UsageError(
@@ -143,7 +145,7 @@ def check_whole_network(arch, typed):
 
 def find_checkpoint(values):
     """The content of the checkpoint that --resume or --evaluate means, and the run's folder; None twice for neither."""
-    place = values["resume"] or values["output_folder"]
+    place = values["output_folder"] if values["resume"] in (None, False, "auto") else values["resume"]
     if values["evaluate"]:
         path = place if os.path.isfile(place) else os.path.join(place, "best.pt")
         return training.load(path, training.CLASSIFIER), values["output_folder"]

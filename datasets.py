@@ -7,6 +7,7 @@ the images of a folder that has no splits.
 """
 
 import contextlib
+import copy
 import errno
 import functools
 import hashlib
@@ -42,37 +43,48 @@ say_once, said_of_images = functools.cache(print), set()
 # ---------------------------------------------------------------------------------------------------- image sources
 
 
-class Files:
-    """Image files below `root`, or a `part` of them. The paths lie in one array: millions cost workers no memory."""
+class Source:
+    """What all image sources share: `items`, an array of N, from each of which image() makes one; `labels`: of N."""
 
     channels = 3
 
-    def __init__(self, root, paths, labels=None, classes=(), part=""):
-        self.root, self.part = os.fspath(root), part
-        self.paths = np.array([os.fsencode(path) for path in paths])
-        self.labels, self.classes = _label_array(labels), [printable(name) for name in classes]
+    def __init__(self, items, labels=None, classes=()):
+        self.items, self.classes = items, [printable(name) for name in classes]
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.items)
+
+    def subset(self, chosen, part=""):
+        """The images at the positions `chosen`, an int array; `part` names them for the cache of files on disk."""
+        some = copy.copy(self)
+        some.items, some.labels = self.items[chosen], None if self.labels is None else self.labels[chosen]
+        return some
+
+
+class Files(Source):
+    """Image files below `root`, or a `part` of them. The paths lie in one array: millions cost workers no memory."""
+
+    def __init__(self, root, paths, labels=None, classes=(), part=""):
+        super().__init__(np.array([os.fsencode(path) for path in paths]), labels, classes)
+        self.root, self.part = os.fspath(root), part
 
     def path(self, index):
-        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+        return os.path.join(self.root, os.fsdecode(self.items[index]))
 
     def image(self, index):
         return read_image(self.path(index))
 
     def chances(self):
         """A number from 0 to 1 for each image, as good as drawn, that depends on its path alone: N floats."""
-        drawn = [int.from_bytes(hashlib.blake2b(path, digest_size=8).digest()) for path in self.paths.tolist()]
+        drawn = [int.from_bytes(hashlib.blake2b(path, digest_size=8).digest()) for path in self.items.tolist()]
         return np.array(drawn) / 2**64
 
     def subset(self, chosen, part=""):
-        """The images at the positions `chosen`, an int array; `part` names them for the cache on disk."""
-        labels = None if self.labels is None else self.labels[chosen]
-        part = part or f"{self.part}-{hashlib.sha256(chosen.tobytes()).hexdigest()[:8]}".strip("-")
-        subset = Files(self.root, [], labels, self.classes, part)
-        subset.paths = self.paths[chosen]
-        return subset
+        """As of every source; what has no name is known by the positions."""
+        some = super().subset(chosen)
+        some.part = part or f"{self.part}-{hashlib.sha256(chosen.tobytes()).hexdigest()[:8]}".strip("-")
+        return some
 
 
 def read_image(path):
@@ -128,15 +140,12 @@ def _eight_bit(image):
     return image
 
 
-class Arrays:
+class Arrays(Source):
     """Images that are in memory already: N×H×W (grey) or N×H×W×3, uint8."""
 
     def __init__(self, pixels, labels, classes):
-        self.pixels, self.labels, self.classes = pixels, _label_array(labels), list(classes)
+        super().__init__(pixels, labels, classes)
         self.channels = 1 if pixels.ndim == 3 else 3
-
-    def __len__(self):
-        return len(self.pixels)
 
     def chances(self):
         """A number from 0 to 1 for each image, of every class evenly spread, drawn once and for all: N floats."""
@@ -146,46 +155,27 @@ class Arrays:
         return chances
 
     def image(self, index):
-        return Image.fromarray(self.pixels[index])
-
-    def subset(self, chosen, part=""):
-        """The images at the positions `chosen`, an int array."""
-        return Arrays(self.pixels[chosen], self.labels[chosen], self.classes)
+        return Image.fromarray(self.items[index])
 
 
-class Drawings:
-    """Scenes of utils/shapes.py. `binary`: white on black. `pixel_labels(index)` tells the truth about each pixel."""
+class Drawings(Source):
+    """Scenes of utils/shapes.py, `items`: their numbers in the endless sequence `seed`. `binary`: white on black."""
 
     def __init__(self, length, seed, kinds=shapes.KINDS, binary=False):
-        self.seed, self.classes, self.binary = seed, list(kinds), binary
-        self.numbers = np.arange(length)  # of the scenes in the endless sequence `seed`
-        self.labels = self.numbers % len(kinds)  # the kind of the main figure, see shapes.scene
-        self.channels = 1 if binary else 3
+        super().__init__(np.arange(length), np.arange(length) % len(kinds), kinds)  # of the main figure, see scene
+        self.seed, self.binary, self.channels = seed, binary, 1 if binary else 3
         self.size = 32  # pixels per side; open_split sets what is asked for, so that nothing is resized
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def subset(self, chosen, part=""):
-        """The scenes at the positions `chosen`, an int array."""
-        subset = Drawings(0, self.seed, tuple(self.classes), self.binary)
-        subset.size, subset.numbers, subset.labels = self.size, self.numbers[chosen], self.labels[chosen]
-        return subset
 
     def image(self, index):
         scene = self.scene(index)
         return scene.draw_binary(self.size) if self.binary else scene.draw(self.size)
 
     def scene(self, index):
-        return shapes.scene(self.seed, int(self.numbers[index]), tuple(self.classes), overlap=not self.binary)
+        return shapes.scene(self.seed, int(self.items[index]), tuple(self.classes), overlap=not self.binary)
 
     def pixel_labels(self, index):
         """Exact labels of image `index`: a dict of size×size uint8 arrays, see shapes.Scene.labels."""
         return self.scene(index).labels(self.size)
-
-
-def _label_array(labels):
-    return None if labels is None else np.asarray(labels, dtype=np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -267,9 +257,11 @@ def splits_among(names):
 
 
 def say_passed_over(folder, passed_over):
+    """Say what was passed over in a Counter, once. Returns it in words."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in passed_over.most_common() if count)
     if reasons:
         say_once(f"{folder}: passed over {reasons}")
+    return reasons
 
 
 def image_folder(folder, classes=()):
@@ -283,9 +275,10 @@ def image_folder(folder, classes=()):
         return annotated_folder(folder, table, classes)
     passed_over = Counter()
     paths = find_images(folder, passed_over)
-    say_passed_over(folder, passed_over)
+    reasons = say_passed_over(folder, passed_over)
     if not paths:
-        raise RunError(f"{folder}: no images in it; known endings are {' '.join(sorted(readable_endings()))}")
+        known = " ".join(sorted(readable_endings()))
+        raise RunError(f"{folder}: no images in it (passed over: {reasons or 'nothing'}); convert others to {known}")
     loose = [path for path in paths if os.sep not in path]
     if loose:
         if len(loose) < len(paths):

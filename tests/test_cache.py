@@ -1,7 +1,6 @@
 """Decoded once: the same batches from every cache, and a cache file that is complete and current, or not believed."""
 
 import errno
-import io
 import itertools
 import multiprocessing
 import os
@@ -301,7 +300,7 @@ def with_broken(tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_broken_images_are_left_out_and_listed(mode, with_broken, decoded, capsys):
     source, folder = with_broken
-    good = [row for row in range(240) if os.fsdecode(source.paths[row]) not in ("ant/7.jpg", "bee/9.jpg")]
+    good = [row for row in range(240) if os.fsdecode(source.items[row]) not in ("ant/7.jpg", "bee/9.jpg")]
     expected = everything(open_batches(source.subset(np.array(good)), "none", None))
     decoded.clear()
     batches = open_batches(source, mode, folder, skip_broken=True)
@@ -333,7 +332,7 @@ def test_processes_may_leave_out_the_broken_at_the_same_time(tmp_path):
     paint_classes(tmp_path / "images", images=60, side=(8, 8))
     (tmp_path / "images" / "ant" / "7.jpg").write_bytes(b"no image")
     source, start = datasets.image_folder(tmp_path / "images"), fork.Barrier(4)
-    is_broken = source.paths == b"ant/7.jpg"
+    is_broken = source.items == b"ant/7.jpg"
 
     def list_often():
         start.wait()
@@ -405,12 +404,23 @@ def test_what_has_no_files_stays_in_memory(tmp_path, capsys):
     assert "are kept in memory" in capsys.readouterr().out
 
 
-def test_free_memory_is_part_of_the_machines_and_the_containers(monkeypatch):
+def test_free_memory_is_part_of_the_machines_the_containers_and_the_jobs(monkeypatch):
     assert 0 < batches.free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = {"memory.max": "1000\n", "memory.stat": "anon 300\nfile 5\n", "meminfo": "MemAvailable:  900 kB\n"}
-    monkeypatch.setattr("builtins.open", lambda path: io.StringIO(limits[os.path.basename(path)]))
-    assert batches.free_memory() == 700
-    limits["memory.max"] = "max\n"
+    files = {
+        "/proc/meminfo": "MemAvailable:  900 kB\n", "/proc/self/cgroup": "0::/job/step\n",
+        "/sys/fs/cgroup/job/memory.max": "1000\n", "/sys/fs/cgroup/job/memory.stat": "anon 300\nfile 5\n",
+        "/sys/fs/cgroup/job/step/memory.max": "max\n", "/sys/fs/cgroup/job/step/memory.stat": "anon 200\nfile 5\n",
+    }
+
+    def read_text(path):
+        try:
+            return files[str(path)]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+    monkeypatch.setattr(batches.Path, "read_text", read_text)
+    assert batches.free_memory() == 700  # the job's limit holds for its step
+    files["/sys/fs/cgroup/job/memory.max"] = "max\n"
     assert batches.free_memory() == 900 * 1024
 
 

@@ -147,7 +147,7 @@ def test_the_output_folder_tells_what_happened(judged):
 @pytest.mark.parametrize("batch_size", [1, 7, 256])
 def test_evaluate_repeats_what_training_reported(judged, batch_size, capsys):
     folder, results = judged
-    again = classifier.main(["--evaluate", "--output-folder", str(folder), "--workers", "0"])
+    again = classifier.main(["--evaluate", "--resume", "auto", "--output-folder", str(folder), "--workers", "0"])
     assert again["top1"] == results["best"]["top1"]
     assert again["loss"] == pytest.approx(results["best"]["loss"], rel=1e-5)
     settings = classifier.parse(["--evaluate", "--output-folder", str(folder)])[0]
@@ -396,6 +396,7 @@ def place(tmp_path_factory, finished, judged):
 
 BAD_INPUT = [
     ("--arch vgg", 2, ["--arch"]),
+    ("--arch resnet18 --gpu 0 --no-cuda", 2, ["--no-cuda", "--gpu"]),
     ("--freeze -2", 2, ["--freeze", "-1 or more"]),
     ("--freeze conv2", 2, ["--freeze", "conv1-3"]),
     ("--arch patchy --freeze 4", 2, ["--freeze", "--pretrained", "--random-init"]),

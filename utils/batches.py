@@ -368,7 +368,7 @@ def open_table(path, source, shape, decode, skip_broken, pinned):
     It is made if need be, and those of other images or ways are removed. Raises RunError or OSError.
     """
     stamps = np.array([_stamp(source.path(row)) for row in range(len(source))], np.int64)
-    facts = json.dumps({**DECODING, "shape": shape}).encode(), source.paths.tobytes(), stamps.tobytes()
+    facts = json.dumps({**DECODING, "shape": shape}).encode(), source.items.tobytes(), stamps.tobytes()
     file = f"{path}-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:12]}.npy"
     table = _read(file, len(source))
     if table is None:  # without the lock so far: a shared cache may be read-only
@@ -485,11 +485,10 @@ def free_on(device):
 
 
 def free_memory():
-    """Bytes of memory that are free or can be freed; 0 if the system does not tell."""
+    """Bytes of memory that are free or can be freed, and that a container or job may use; 0 if nobody tells."""
     try:
-        with open("/proc/meminfo") as lines:
-            facts = dict(line.split(":") for line in lines)
-        return min(int(facts["MemAvailable"].split()[0]) * 1024, _free_in_container())
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return min(int(facts["MemAvailable"].split()[0]) * 1024, _free_in_groups())
     except (OSError, KeyError, ValueError):
         pass
     try:  # other systems: half of all there is
@@ -498,14 +497,14 @@ def free_memory():
         return 0
 
 
-def _free_in_container():
-    """Bytes that the memory limit of this container leaves (control groups v2); infinity without one."""
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.stat") as lines:
-            used = dict(line.split() for line in lines)["anon"]  # file pages make room when asked
-            return max(0, int(limit.read()) - int(used))
-    except (OSError, KeyError, ValueError):  # "max", the word for no limit, is a ValueError
-        return float("inf")
+def _free_in_groups():
+    """Bytes that the limits of this process's control groups (v2) leave, as of a container; infinity without one."""
+    own, free = Path("/proc/self/cgroup").read_text().split("::")[-1].strip(), float("inf")
+    for group in (place := Path(f"/sys/fs/cgroup{own}"), *place.parents):
+        with contextlib.suppress(OSError, KeyError, ValueError):  # "max", the word for no limit, is a ValueError
+            used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            free = min(free, int((group / "memory.max").read_text()) - int(used["anon"]))  # files make room when asked
+    return max(0, free)
 
 
 def free_disk(folder):

@@ -14,7 +14,7 @@ from utils.runtime import RunError, UsageError
 
 SCALES = {"resnet": (4, 8, 16, 32)} | dict.fromkeys(("pyramid", "patches"), (2, 4, 8, 16, 32, 64))
 LEAST = {"alexnet": 28}  # pixels a side, below which an encoder's poolings leave nothing
-PARTS_ONLY = ("categorical", "hard", "independent", "py")
+PARTS_ONLY = ("categorical", "hard", "independent", "py", "beta_v", "temp", "anneal", "min_temp")
 # What a model file knows of itself; where the command line says otherwise, it contradicts the file.
 DESCRIBED = ("arch", "encoder_arch", "decoder_arch", "size", "inet", "ngf", "independent", "scale", "num_parts")
 DESCRIBED += ("hidden_size", "py", "categorical", "hard")
@@ -175,7 +175,8 @@ def complete(values, typed):
         raise UsageError(f"--size {size} leaves {encoder} nothing to pool; use --size {least} or more")
     wrong = [name for name in PARTS_ONLY if name in typed and values["arch"] == "vae"]
     if wrong:
-        raise UsageError(f"--{wrong[0]} belongs to parts, which --arch vae has not; drop it or use --arch patchy")
+        flag = f"--{wrong[0].replace('_', '-')}"
+        raise UsageError(f"{flag} belongs to parts, which --arch vae has not; drop it or use --arch patchy")
     if values["independent"] and values["ngf"] % values["num_parts"]:
         fit = math.ceil(values["ngf"] / values["num_parts"]) * values["num_parts"]
         raise UsageError(f"--independent needs --ngf to be a multiple of --num-parts {values['num_parts']}; use {fit}")
