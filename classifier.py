@@ -111,9 +111,7 @@ def parse(argv):
         if not file:
             check_whole_network(arch, typed)
     if file:
-        saved = {"pretrained": values["pretrained"], **options.described(file)}
-        values = options.merge(parser.defaults, saved, typed, contradicted, values["pretrained"])
-        options.check_channels(values["dataset"], file["options"], values["pretrained"])
+        values = options.follow_model(parser, file, values["pretrained"], typed, contradicted)
     if arch in SUPERVISED:
         values |= {"arch": arch, "encoder_arch": arch, "scale": modules.FIXED_STRIDE[arch]}
     values = {**options.complete(values, typed), "fresh": ()}

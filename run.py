@@ -83,10 +83,9 @@ def parse(argv):
         values["output_folder"] = os.path.dirname(values["pretrained"]) or "."
     if values["pretrained"]:
         file = training.load(values["pretrained"], training.MODEL)
-        saved = {name: values[name] for name in ("pretrained", "output_folder")} | options.described(file)
-        saved |= options.data_of(file, typed, TESTED_WITH) if values["evaluate"] else {}
-        values = options.merge(parser.defaults, saved, typed, options.DESCRIBED, values["pretrained"])
-        options.check_channels(values["dataset"], file["options"], values["pretrained"])
+        own, tested_with = values["output_folder"], TESTED_WITH if values["evaluate"] else None
+        values = options.follow_model(parser, file, values["pretrained"], typed, trained_with=tested_with)
+        values["output_folder"] = own
     values = options.complete(values, typed)
     values["py"] = values["py"] or 1 / values["num_parts"]
     check(values)

@@ -117,7 +117,7 @@ def test_places_are_ranked_by_log_odds_and_show_the_probability(make):
     source = parts.open_split("digits", "data", "test", 32)
     x = batches.Batches(source, batches.Form(32, [0.5], [0.5]), torch.device("cpu")).examples(360)
     with torch.no_grad():
-        best, cells = parts.trained.load_model(model)[0].encode(x).logits[:, 4].flatten(1).max(dim=1)
+        best, cells = training.load_model(model)[0].encode(x).logits[:, 4].flatten(1).max(dim=1)
     expected = best.argsort(descending=True, stable=True)[:12].tolist()
     assert [place["image"] for place in places] == expected
     assert [4 * place["cell"][0] + place["cell"][1] for place in places] == cells[expected].tolist()
@@ -140,7 +140,7 @@ def test_receptive_field_is_where_gradients_come_from(name, scale, side):
 
 
 def test_switching_off_costs_what_two_decodings_differ_by(make):
-    model, x = parts.trained.load_model(make())[0], torch.rand(10, 1, 32, 32)
+    model, x = training.load_model(make())[0], torch.rand(10, 1, 32, 32)
     error, rises = parts.contributions(model, x, x, batch_size=4)
     with torch.no_grad():
         posterior = model.encode(x)
@@ -215,7 +215,7 @@ def test_the_part_whose_absence_costs_most_is_drawn():
 
 @pytest.mark.parametrize("described", [{}, {"hard": True}, {"categorical": True}, {"independent": True, "ngf": 16}])
 def test_swap_and_traversal_change_the_appearance_of_one_part_alone(make, described):
-    model = parts.trained.load_model(make(**described))[0]
+    model = training.load_model(make(**described))[0]
     with torch.no_grad():
         mine, other = (model.encode(x) for x in torch.rand(2, 3, 1, 32, 32))
     swapped, moved = parts.swapped(mine, other, 2), parts.moved(mine, 2, np.ones(model.appearance_size))
@@ -261,7 +261,7 @@ def test_boxes_are_where_the_models_pixels_come_from(image_size):
 def test_patches_are_as_large_as_the_help_says(make):
     for described, size in (({"scale": 8}, 22), ({"encoder_arch": "resnet", "scale": 4}, 12),
                             ({"encoder_arch": "resnet", "scale": 8}, 16), ({"scale": 32}, 32)):
-        model = parts.trained.load_model(make(**described))[0]
+        model = training.load_model(make(**described))[0]
         options = dict(arch="patchy", num_parts=16, size=32, scale=described["scale"], part=None, ablation_images=9)
         settings = parts.options.Settings(**options, patch_size=None, output_folder="parts")
         assert parts.complete(settings, model).patch_size == size

@@ -12,7 +12,7 @@ from PIL import Image
 import modules
 import run
 from datasets import Drawings, Files
-from utils import batches, options, score, shapes, trained, training
+from utils import batches, options, score, shapes, training
 
 CLASSES = len(shapes.GEOMETRY)
 FEW = ["--train-images", "60", "--test-images", "100"]
@@ -93,7 +93,7 @@ def test_cells_and_the_patches_around_them():
 
 
 def test_a_swap_changes_only_the_part_itself(tmp_path):
-    model, _ = trained.load_model(save_model(tmp_path, "--dataset", "shapes", "--categorical", "--hard")[1])
+    model, _ = training.load_model(save_model(tmp_path, "--dataset", "shapes", "--categorical", "--hard")[1])
     model.decoder.forward = lambda latents: F.interpolate(latents.sum(1, keepdim=True), scale_factor=4)  # cell by cell
     x = torch.rand(6, 3, 32, 32)
     found = score.swap_test(model, x, 4)

@@ -18,7 +18,7 @@ import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import modules
-from utils import options, runtime, trained, training
+from utils import options, runtime, training
 from utils.runtime import RunError, UsageError
 
 NAMES = {"resnet": "resnet18", "resnet18": "resnet18", "resnet50": "resnet50", "alexnet": "alexnet"}  # in torchvision
@@ -52,7 +52,7 @@ NORMALISE = "normalise = torchvision.transforms.Normalize({mean}, {std})\n"
 def main(argv=None):
     """Export, check, explain. Returns the largest difference of the features, and the lines that load the file."""
     args = parse(argv)
-    model, file = trained.load_model(args.pretrained)
+    model, file = training.load_model(args.pretrained)
     described = file["options"]
     prefix = "features." if described["encoder_arch"] == "alexnet" else ""
     weights = {prefix + name: tensor.contiguous() for name, tensor in model.encoder.state_dict().items()}

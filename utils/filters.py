@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import figures, options, runtime, trained
+from utils import figures, options, runtime, training
 
 TINY = np.finfo(np.float32).tiny  # instead of a division by zero
 
@@ -23,7 +23,7 @@ TINY = np.finfo(np.float32).tiny  # instead of a division by zero
 def main(argv=None):
     """Draw the filters. Returns their numbers in the order of the tiles, and the norms of the filters so numbered."""
     args = parse(argv)
-    model, file = trained.load_model(args.pretrained)
+    model, file = training.load_model(args.pretrained)
     layer = next(module for module in model.encoder.modules() if isinstance(module, nn.Conv2d))
     filters = layer.weight.detach().numpy()  # K×C×k×k, C = 1 or 3
     norms = np.sqrt(np.square(filters).sum(axis=(1, 2, 3)))

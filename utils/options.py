@@ -157,6 +157,27 @@ def follow_run(parser, saved, typed):
     return {**merge(parser.defaults, {**saved, **own}, typed, fixed), "typed": saved["typed"]}
 
 
+def follow_model(parser, file, path, typed, fixed=DESCRIBED, trained_with=None):
+    """The options under what the model file `path`, whose content is `file`, says of its model: a dict.
+
+    `fixed`: which of these may not be typed otherwise. `trained_with`: names of options that its training answers,
+    too, as it does for its data; another data set has a folder of its own. Raises UsageError or RunError.
+    """
+    model, training = file["options"], file["args"]
+    saved = {"pretrained": path, **{name: model[name] for name in DESCRIBED}}
+    if trained_with is not None:
+        is_same = typed.get("dataset", training["dataset"]) == training["dataset"]
+        saved |= {name: training[name] for name in (*trained_with, "dataset", *["data_folder"] * is_same)}
+    values = merge(parser.defaults, saved, typed, fixed, path)
+    channels = DATA_SETS[values["dataset"]].channels
+    if channels != model["channels"]:
+        raise RunError(
+            f"{path} was trained on images of {model['channels']} channels, those of --dataset {values['dataset']} "
+            f"have {channels}; choose another data set or model"
+        )
+    return values | {"data_folder": values["data_folder"] or "./data"}
+
+
 def complete(values, typed):
     """The options `values`, a dict, with the defaults that depend on others. Raises UsageError for what cannot be."""
     values = dict(values)
@@ -188,29 +209,6 @@ def describe_model(settings):
     channels = DATA_SETS[settings.dataset].channels
     mean, std = normalisation(channels, settings.inet)
     return {**{name: getattr(settings, name) for name in DESCRIBED}, "channels": channels, "mean": mean, "std": std}
-
-
-def described(file):
-    """The options of the model in the content of a model file: a dict."""
-    return {name: file["options"][name] for name in DESCRIBED}
-
-
-def data_of(file, typed, names):
-    """What the model `file` says of its data, and its options `names`: a dict. Another data set has its own folder."""
-    saved = file["args"]
-    is_same = typed.get("dataset", saved["dataset"]) == saved["dataset"]
-    names = (*names, "dataset", *["data_folder"] * is_same)
-    return {name: saved[name] for name in names if name in saved}  # a file of an older version knows fewer
-
-
-def check_channels(dataset, described, path):
-    """Raises RunError where the images of `dataset` have other channels than those the model at `path` was made for."""
-    channels = DATA_SETS[dataset].channels
-    if channels != described["channels"]:
-        raise RunError(
-            f"{path} was trained on images of {described['channels']} channels, those of --dataset {dataset} have "
-            f"{channels}; choose another data set or model"
-        )
 
 
 def check_batch(images, cells):

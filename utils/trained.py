@@ -1,8 +1,6 @@
 """A model that run.py trained, opened to be looked at: how the tools begin."""
 
-import modules
 from utils import options, runtime, training
-from utils.runtime import RunError
 
 OF_TRAINING = ("beta_a", "beta_v", "target", "recon_mask", "hide", "grey")  # options of run.py that tools may need
 
@@ -24,24 +22,6 @@ def open_model(parser, argv):
     """
     typed = parser.typed(argv)
     device = runtime.choose_device(typed.get("no_cuda", False))
-    model, file = load_model(typed["pretrained"], device)
-    saved = {**options.described(file), **options.data_of(file, typed, OF_TRAINING)}
-    defaults = {**parser.defaults, "data_folder": "./data"}
-    values = options.merge(defaults, saved, typed, options.DESCRIBED, typed["pretrained"])
-    options.check_channels(values["dataset"], file["options"], typed["pretrained"])
+    model, file = training.load_model(typed["pretrained"], device)
+    values = options.follow_model(parser, file, typed["pretrained"], typed, trained_with=OF_TRAINING)
     return options.Settings(**values), model, device
-
-
-def load_model(path, device="cpu"):
-    """The trained model in the file `path`, in evaluation mode on `device`, and all that the file holds: a dict.
-
-    Raises RunError where the file is missing or damaged.
-    """
-    file = training.load(path, training.MODEL)
-    try:
-        model = modules.build_model(file["options"])
-        model.load_state_dict(file["model"])
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:  # of the right kind, with the wrong content
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{path}: its weights and its options do not fit ({reason}); train the model again") from None
-    return model.to(device).eval(), file

@@ -83,11 +83,22 @@ def load(path, kind):
 def check_model(path, content):
     """Raises RunError unless the content of the model file `path` has the weights of what its options describe."""
     try:
-        with torch.device("meta"):  # shapes alone
-            modules.build_model(content["options"]).load_state_dict(content["model"], assign=True)
+        with torch.device("meta"):  # shapes alone; of a copy, as torch notes in it that tensors are to be assigned
+            modules.build_model(content["options"]).load_state_dict(dict(content["model"]), assign=True)
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = runtime.first_line(error)
         raise RunError(f"{path}: its weights and its options do not fit ({reason}); train the model again") from None
+
+
+def load_model(path, device="cpu"):
+    """The trained model in the file `path`, in evaluation mode on `device`, and all that the file holds: a dict.
+
+    Raises RunError where the file is missing or damaged.
+    """
+    file = load(path, MODEL)
+    model = modules.build_model(file["options"])
+    model.load_state_dict(file["model"])
+    return model.to(device).eval(), file
 
 
 def numbered(folder):
