@@ -92,9 +92,11 @@ def move(names, images, target):
             rename_or_copy(here, there)
         elif not filecmp.cmp(here, there, shallow=False):
             raise OSError(f"{there} appeared with other content than {here}")
-    os.sync()  # copies have to survive a power cut before their originals go
-    for name in names:
-        (images / name).unlink(missing_ok=True)
+    copied = [images / name for name in names if lexists(images / name)]
+    if copied:
+        os.sync()  # the copies have to survive a power cut before their originals go
+    for original in copied:
+        original.unlink(missing_ok=True)
 
 
 def rename_or_copy(here, there):

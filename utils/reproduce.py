@@ -179,10 +179,10 @@ def cells_of(settings, row, seed, inner=True):
     if row.floor:
         encoder = {"arch": row.options["arch"], "pretrained": home / "model.pt"}
         calls["training"] = {**chosen(settings, ("num_epochs", "img_per_epoch", "batch_size")), **row.options}
-    for cut in row.cuts if inner else [cut for cut in row.cuts if cut == ALL]:
+    probes = {"linear": True, "knn": True, "label_fraction": settings.label_fraction}
+    for cut in [cut for cut in row.cuts if inner or cut == ALL]:
         encoder["freeze"], epochs = (-1, settings.head_epochs) if cut == ALL else (cut, settings.tune_epochs)
-        probes = {"linear": True, "knn": True, "label_fraction": settings.label_fraction}
-        calls[f"{cut}-head"] = {**encoder, "standardise": True, "lr": 0.03, **head(epochs)}
+        calls[f"{cut}-head"] = {**encoder, "standardise": True, "lr": 0.03, **head(epochs)}  # 0.1 is for whole networks
         calls[f"{cut}-probes"] = {**encoder, **probes}
     if not row.cuts:
         calls["none-head"] = {**row.options, **head(settings.supervised_epochs)}
@@ -270,13 +270,12 @@ def make(cell, origin):
     if record != before:  # nothing is finished until the call has ended
         cell.folder.mkdir(parents=True, exist_ok=True)
         runtime.write_json(path, record)
-    values, saved = cell.options, cell.folder / ("checkpoints" if cell.script is run else classifier.CHECKPOINTS)
+    saved, how = cell.folder / ("checkpoints" if cell.script is run else classifier.CHECKPOINTS), {"overwrite": True}
     if training.numbered(str(saved)):  # it has the weights of --pretrained, and the folder may have been moved
-        values = {**values, "pretrained": None, "resume": "auto"}
-    else:
-        values = {**values, "overwrite": True}
+        how = {"pretrained": None, "resume": "auto"}
+    argv = options.typed_again({**cell.options, **how}, {**cell.options, **how})
     try:
-        found = figures_of(cell, cell.script.main(options.typed_again(values, values)))
+        found = figures_of(cell, cell.script.main(argv))
     finally:
         if not isinstance(sys.exception(), RunError):
             record["seconds"] = round(record.get("seconds", 0) + time.perf_counter() - started, 1)
@@ -368,14 +367,14 @@ def gather(settings, rows, calls):
     for cut in [cut for cut in (*features.CUTS, ALL) if cut in cuts]:
         columns |= {f"{cut}-{judge}": f"{cuts[cut]}, {words}" for judge, words in JUDGES.items()}
     columns["none-head"] = "nothing frozen"
-    scores = {name: {column: top1(calls, name, column) for column in (*columns, *FROZEN)} for name in rows}
+    scores = {name: {column: top1(calls, name, column) for column in columns} for name in rows}
     lines, differences = [], []
     for name, row in rows.items():
         found = {column: spread(values) for column, values in scores[name].items() if values}
         lines.append({"name": name, "group": row.group, "words": row.words, "scores": found})
         if row.floor in rows:
-            above = paired(scores[name][FROZEN[0]], scores[row.floor][FROZEN[0]])
-            lines[-1] |= {"floor": row.floor, "above_random": above}
+            lines[-1]["floor"] = row.floor
+            lines[-1]["above_random"] = paired(scores[name][FROZEN[0]], scores[row.floor][FROZEN[0]])
         for other in [other for other in row.against if other in rows]:
             found = {column: paired(scores[name][column], scores[other][column]) for column in FROZEN}
             if any(one["n"] for one in found.values()):
