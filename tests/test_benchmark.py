@@ -8,6 +8,7 @@ import torch
 import torch._inductor.exc
 from conftest import ROOT
 
+import classifier
 import run
 from utils import benchmark, runtime, training
 from utils.runtime import UsageError
@@ -25,55 +26,49 @@ def data(tmp_path_factory):
     return ["--dataset", "folder", "--data-folder", str(folder), "--batch-size", "8", "--no-cuda"]
 
 
-def test_every_figure_is_there_and_finite(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "in_own_process", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(benchmark, "CURVES", {"num-parts": (4, 16)})
+def test_every_figure_is_there_and_finite(tmp_path):
     path, before = tmp_path / "figures.json", json.loads((ROOT / "imgs/benchmark.json").read_text())
-    quick = ["--quick", "--no-cuda", "--rounds", "1", "--steps", "1", "--settings", "cifar", "head", "--curves"]
+    quick = ["--quick", "--no-cuda", "--rounds", "1", "--steps", "1", "--settings", "cifar", "head"]
     found = benchmark.main([*quick, "--output", str(path)])
     assert json.loads(path.read_text()) == found and list(tmp_path.iterdir()) == [path]
-    assert found.keys() == before.keys() and found["start_up"]["shapes"] > 0
+    assert before.keys() - found.keys() <= {"curves"} and found["start_up"]["shapes"] > 0
     for name in ("cifar", "head"):
         figures, earlier = found["settings"][name], before["settings"][name]
         assert figures.keys() == earlier.keys() and figures["speed_up"] > 0 and figures["speed_up_step"] > 0
         for loop in ("plain", "ours"):
-            assert figures[loop].keys() == earlier[loop].keys() and 0 <= figures[loop].pop("waiting") < 1
+            assert figures[loop].keys() == {"images_per_second", "step_only", "waiting"} <= earlier[loop].keys()
+            assert 0 <= figures[loop].pop("waiting") < 1
             assert all(0 < value < math.inf for value in figures[loop].values())
-    small, large = found["curves"]["num-parts"].values()
-    latents, hidden = 6 * (16 - 4), 8 * 2  # more latents; width of the decoder's first layer
-    heads = 9 * 16 * (2 * latents + 16 - 4)  # both of the appearance, and the occurrence: 3×3, from 16 channels
-    more = 4 * 4 * (heads + latents * hidden)  # on 4×4 cells
-    assert large["flops_per_image"] - small["flops_per_image"] == 3 * 2 * more  # forward, to inputs, to weights
-    assert small["seconds_per_image"] > 0 and small["peak_memory"] > 2**20
 
 
 @pytest.mark.parametrize("script, typed, tolerance", [
-    ("run", f"{benchmark.TINY} --precision fp32", 1e-5), ("run", f"{benchmark.TINY} --precision bf16", 3e-2),
-    ("classifier", "--arch resnet18 --size 32 --precision fp32 --workers 0", 1e-4),
-    ("classifier", f"{benchmark.HEAD} --size 32 --precision fp32 --workers 0", 1e-4),
+    (run, f"{benchmark.TINY} --precision fp32", 1e-5), (run, f"{benchmark.TINY} --precision bf16", 3e-2),
+    (classifier, "--arch resnet18 --size 32 --precision fp32 --workers 0", 1e-4),
+    (classifier, f"{benchmark.HEAD} --size 32 --precision fp32 --workers 0", 1e-4),
 ])
 def test_both_loops_compute_the_same_losses(script, typed, tolerance, data):
-    plain, ours = (benchmark.open_loop(name, script, [*data, *typed.split()]) for name in ("plain", "ours"))
+    loops = [loop(script, [*data, *typed.split()]) for loop in (benchmark.plain_loop, benchmark.our_loop)]
+    (plain_model, plain_batches, plain_step), (our_model, _, our_step) = loops
     for number in (3, 1):
-        found = list(plain.batches(number))
-        assert len(found) == number and len(found[0][0]) == 8  # a batch
-    x, labels = found[0]
+        for _, batches, _ in loops:
+            found = list(batches(number))
+            assert len(found) == number and len(found[0][0]) == 8  # a batch
+    x, labels = next(plain_batches(1))
     seen, steps, losses = x, 3, []
-    if script == "classifier":
-        plain.model.head[0].p = ours.model.head[0].p = 0.0  # each draws its own dropout
-        seen, steps = (plain.model.features(x).detach() if plain.model.only_head_trains else x), 1
+    if script is classifier:
+        plain_model.head[0].p = our_model.head[0].p = 0.0  # each draws its own dropout
+        seen, steps = (plain_model.features(x).detach() if plain_model.only_head_trains else x), 1
     for step in range(steps):  # the weights that follow are the same, too
         runtime.seed_step(1, step + 1, CPU)  # as ours does itself
-        losses.append(plain.step(x, labels))
-        terms = ours.step(seen, labels)
-        assert terms["total" if script == "run" else "loss"].mean().item() == pytest.approx(losses[-1], rel=tolerance)
+        losses.append(plain_step(x, labels))
+        terms = our_step(seen, labels)
+        assert terms["total" if script is run else "loss"].mean().item() == pytest.approx(losses[-1], rel=tolerance)
     assert len(set(losses)) == steps
 
 
-@pytest.mark.parametrize("typed, words", [("--settings nowhere", "nowhere"), ("--settings head --curves", "add cifar")])
-def test_what_cannot_be_measured_is_refused(typed, words):
-    with pytest.raises(UsageError, match=words):
-        benchmark.main(typed.split())
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(UsageError, match="nowhere"):
+        benchmark.main(["--settings", "nowhere"])
 
 
 @pytest.mark.parametrize("has, expected", [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")])
@@ -84,15 +79,15 @@ def test_auto_takes_what_the_machine_has_in_hardware(has, expected, monkeypatch)
 
 
 def test_weights_latents_and_reconstruction_stay_float32_under_bf16(data):
-    ours = benchmark.our_loop("run", [*data, *TINY, "--precision", "bf16"])
-    x, labels = next(ours.batches(1))
+    model, batches, step = benchmark.our_loop(run, [*data, *TINY, "--precision", "bf16"])
+    x, labels = next(batches(1))
     with runtime.autocast("bf16", CPU):
-        assert ours.model.encoder(x).dtype == torch.bfloat16
-        output = ours.model(x)
+        assert model.encoder(x).dtype == torch.bfloat16
+        output = model(x)
     assert {value.dtype for value in (*output[:1], *output.posterior, *output.kl.values())} == {torch.float32}
     assert output.posterior.logits.is_contiguous()  # the noise meets the same latents in every layout
-    ours.step(x, labels)
-    assert {weight.grad.dtype for weight in ours.model.parameters()} == {torch.float32}
+    step(x, labels)
+    assert {weight.grad.dtype for weight in model.parameters()} == {torch.float32}
 
 
 def test_a_state_saved_in_another_layout_goes_on_the_same(tmp_path):

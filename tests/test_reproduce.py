@@ -38,6 +38,10 @@ def rows_and_cells(*argv, seed=3):
     return {row.name: row for row in rows}, {row.name: reproduce.cells_of(settings, row, seed) for row in rows}
 
 
+def argv_of(cell):
+    return shlex.split(cell.command)[2:]
+
+
 def figures(content):
     """What was found, without what may differ from call to call."""
     text = json.dumps([content["rows"], content["calls"]], sort_keys=True)
@@ -58,12 +62,8 @@ def copied(made, tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls of run.main and classifier.main, e.g. "paper-vae-seed1/all-head --resume", from now on: a list.
-
-    Pictures are not drawn from now on.
-    """
+    """The calls of run.main and classifier.main, e.g. "paper-vae-seed1/all-head --resume", from now on: a list."""
     made = []
-    monkeypatch.setattr(reproduce, "pictures", lambda *content: {})
     for script in (run, classifier):
         def main(argv, original=script.main):
             folder = argv[argv.index("--output-folder") + 1].split("/runs/")[1]
@@ -89,11 +89,8 @@ def test_everything_is_judged_and_stands_in_the_files(made, tmp_path):
     assert training["curve"] == losses and len(losses) == 2 and training["seconds"] > 0
     table = (folder / "table.md").read_text()
     assert "| authors' setting | PatchVAE |" in table and "frozen (conv1-3)" in table and "±0" not in table + "± 0.00"
-    assert all((folder / f"{name}.png").exists() for name in ("plot", "curves", "samples"))
-    for call in (call for parts in content["calls"].values() for call in parts.values()):
-        assert call["command"].split("/runs/")[0].split(" --arch ")[0] in table  # up to the model
-    assert "For instance (training, authors' setting): `python run.py --dataset digits" in table
-    assert not any(words in table for words in ("try of the command", "training, our recipe", "resnet18"))
+    assert all((folder / f"{name}.png").stat().st_size > 10_000 for name in ("plot", "curves"))
+    assert f"`python utils/{content['command']}` made this table" in table and "try of the command" not in table
     call = content["calls"][RANDOM]["all-head"]
     argv = [*shlex.split(call["command"])[2:], "--output-folder", str(tmp_path)]
     assert classifier.main(argv)["last"] == call["last"]  # the commands make the same figures
@@ -132,12 +129,12 @@ def test_seconds_and_origins_add_up_and_what_is_refused_is_not_noted(tmp_path, m
     def refuse():
         raise runtime.RunError("the folder is in use")
 
-    cell = reproduce.Cell("x-seed1", "all-head", classifier, tmp_path, [])
+    cell = reproduce.Cell("x-seed1", "all-head", classifier, tmp_path, {})
     for commit, work in (("a", lambda: None), ("b", lambda: signal.raise_signal(signal.SIGINT)), ("c", refuse)):
-        monkeypatch.setattr(classifier, "main", lambda argv, work=work: time.sleep(0.11) or work())
+        monkeypatch.setattr(classifier, "main", lambda argv, work=work: time.sleep(0.11) or work() or {})
         before = reproduce.record_of(cell).get("seconds", 0)
         with contextlib.suppress(KeyboardInterrupt, runtime.RunError):
-            reproduce.make(cell, {"commit": commit, "device": "a CPU"}, goes_on=False)
+            reproduce.make(cell, {"commit": commit, "device": "a CPU"})
         assert (reproduce.record_of(cell)["seconds"] > before + 0.05) == (commit != "c")
     assert reproduce.record_of(cell)["commit"] == ["a", "b"] and reproduce.record_of(cell)["device"] == ["a CPU"]
 
@@ -145,8 +142,7 @@ def test_seconds_and_origins_add_up_and_what_is_refused_is_not_noted(tmp_path, m
 def test_random_weights_are_those_that_training_starts_from(made):
     """The floor is paired with the trained row: the same seed draws the same encoder."""
     cells = rows_and_cells(*command(made[0]))[1]
-    training = run.parse(cells["paper-patchy"][0].argv)[0]
-    head = classifier.parse(cells["random-pyramid-8-8"][0].argv)[0]
+    training, head = (cells[name][0].script.parse(argv_of(cells[name][0]))[0] for name in (TRAINED[:-6], RANDOM[:-6]))
     torch.manual_seed(training.seed)
     trained = modules.build_model(options.describe_model(training)).encoder.state_dict()
     torch.manual_seed(head.seed)
@@ -174,19 +170,6 @@ def test_interrupted_thrice_and_continued_is_as_uninterrupted(made, tmp_path, mo
     assert figures(reproduce.main(command(tmp_path))) == figures(made[1])
     parts = ["", " --resume", "/all-head", "/all-head --resume", "/all-probes", "/all-probes"]
     assert calls[:6] == [TRAINED + part for part in parts] and len(calls) == len(set(calls)) + 1 == 6 + 6
-
-
-def test_a_folder_of_an_older_version_counts(made, copied, calls):
-    """Whose made.json has seconds alone; a training that was killed there is not taken for a finished one."""
-    for path in copied.glob("runs/**/made.json"):
-        path.write_text(json.dumps({name: json.loads(path.read_text())[name] for name in ("seconds", "commit")}))
-    again = reproduce.main(command(copied))
-    assert calls == [] and again["rows"] == made[1]["rows"]
-    assert again["calls"][TRAINED]["training"]["curve"] == made[1]["calls"][TRAINED]["training"]["curve"]
-    metrics = copied / "runs" / TRAINED / "metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]) + '{"event": "en')
-    reproduce.main(command(copied))
-    assert calls == [TRAINED]
 
 
 def test_what_earlier_reports_know_is_taken_over(made, tmp_path, calls, capsys):
@@ -263,49 +246,36 @@ def test_the_table_has_every_row_and_every_cut(scale):
     assert [row.floor for row in rows.values()] == [floors[0]] * 4 + [floors[1]] * 4 + [None] * 3
     for name, row in rows.items():
         found = {cell.part.rpartition("-")[0] for cell in cells[name]} - {""}
-        assert found == ({*CUTS[scale], "all"} if row.encoder else {"none"})
-        for cell in (cell for cell in cells[name] if "--pretrained" not in cell.argv):
-            cell.script.parse(cell.argv)  # the scripts have all these options
+        assert found == ({*CUTS[scale], "all"} if row.cuts else {"none"})
+        for cell in (cell for cell in cells[name] if "pretrained" not in cell.options):
+            cell.script.parse(argv_of(cell))  # the scripts have all these options
 
 
 def test_the_authors_setting_is_the_defaults_but_for_inet():
-    argv, parser = rows_and_cells()[1]["paper-patchy"][0].argv, run.build_parser()
+    argv, parser = argv_of(rows_and_cells()[1]["paper-patchy"][0]), run.build_parser()
     differ = {name for name, value in parser.typed(argv).items() if value != parser.defaults[name]}
     assert differ == {"dataset", "inet", "precision", "output_folder", "seed"}
 
 
-@pytest.mark.parametrize("more", [[], ["--ablations"]])
-def test_options_of_the_command_line_are_those_of_all_rows_that_have_them(more):
-    rows, _ = rows_and_cells("--encoder-arch", "patches", "--scale", "16", "--categorical", "--ngf", "32", *more)
-    for row in (row for row in rows.values() if row.floor and "encoder-arch" not in row.name):
-        assert row.encoder == {"encoder_arch": "patches", "scale": row.options["scale"], "ngf": 32}
+def test_options_of_the_command_line_are_those_of_all_rows_that_have_them():
+    rows, _ = rows_and_cells("--encoder-arch", "patches", "--scale", "16", "--categorical", "--ngf", "32")
+    assert {row.floor for row in rows.values()} == {"random-patches-16-32", None}
+    for row in (row for row in rows.values() if row.floor):
+        assert {**row.options, **rows[row.floor].options} == row.options and row.options["scale"] == 16
         assert ("categorical" in row.options) == (row.options["arch"] == "patchy")
-    shared = [rows_and_cells(*which)[0]["random-pyramid-8-64"].options for which in ([], ["--ablations"])]
-    assert shared[0] == shared[1]  # both tables call the same encoder by the same name
-
-
-def test_ablations_change_one_thing_at_a_time_and_leave_out_what_an_option_rules_out():
-    trained = {row.name: row.options for row in rows_and_cells("--ablations")[0].values() if row.floor}
-    base = {**run.build_parser().defaults, **trained.pop("ablation-base")}
-    for name, values in trained.items():
-        (changed,) = [key for key, value in values.items() if value != base[key]]
-        assert changed in reproduce.FACTORS and changed.replace("_", "-") in name
-    assert len(trained) == sum(len(values) - 1 for values in reproduce.FACTORS.values())
-    names = rows_and_cells("--ablations", "--scale", "2")[0].keys()
-    assert {"ablation-scale-4", "ablation-scale-8"} < names and "ablation-encoder-arch-resnet" not in names
 
 
 def test_means_spreads_and_paired_differences_and_how_the_table_says_them():
+    cuts = {"all": "all frozen"}
     rows = [
-        reproduce.Row("vae", "paper", "β-VAE", {}, {}, "random"), reproduce.Row("random", "none", "random", {}, {}),
-        reproduce.Row("patchy", "paper", "PatchVAE", {}, {}, "random", ["vae", "absent"]),
+        reproduce.Row("vae", "paper", "β-VAE", {}, cuts, "random"), reproduce.Row("random", "none", "random", {}, cuts),
+        reproduce.Row("patchy", "paper", "PatchVAE", {}, cuts, "random", ["vae", "absent"]),
     ]
-    top1 = {
-        ("vae", "all-head"): {1: 50.0, 2: 52.0, 3: 57.0}, ("random", "all-head"): {1: 45.0, 2: 45.0, 3: 46.0},
-        ("patchy", "all-head"): {1: 51.0, 3: 60.0}, ("patchy", "all-knn"): {1: 40.0},
-    }
-    content = {"title": "Made up", "seeds": [1, 2, 3], "columns": {"all-head": "head", "all-knn": "kNN"}}
-    content |= {"notes": ["a note"], **reproduce.summarise(rows, top1)}
+    head = {"vae": {1: 50.0, 2: 52.0, 3: 57.0}, "random": {1: 45.0, 2: 45.0, 3: 46.0}, "patchy": {1: 51.0, 3: 60.0}}
+    calls = {f"{name}-seed{seed}": {"all-head": {"last": {"top1": value}, "best": {"top1": 99.0}}}
+             for name, values in head.items() for seed, value in values.items()}
+    calls["patchy-seed1"]["all-probes"] = {"linear": {"top1": 30.0}, "knn": {"top1": 40.0}}
+    content = reproduce.gather(reproduce.parse([])[0].changed(rows=[], seeds=[1, 2, 3]), rows, calls)
     vae, random, patchy = content["rows"]
     assert vae["scores"]["all-head"]["mean"] == 53 and vae["scores"]["all-head"]["sd"] == pytest.approx(math.sqrt(13))
     assert vae["above_random"]["mean"] == pytest.approx(23 / 3) and "above_random" not in random
@@ -313,16 +283,34 @@ def test_means_spreads_and_paired_differences_and_how_the_table_says_them():
     assert patchy["above_random"] == {"mean": 10, "sd": sd, "n": 2, "seeds": {"1": 6, "3": 14}}
     assert patchy["scores"]["all-knn"] == {"mean": 40, "sd": None, "n": 1, "seeds": {"1": 40}}
     lines = reproduce.markdown(content).splitlines()
-    assert "| paper | β-VAE | 53.00 ± 3.61 | – | +7.67 ± 3.06 |" in lines
-    assert "| paper | PatchVAE | 55.50 ± 6.36 (n = 2) | 40.00 (n = 1) | +10.00 ± 5.66 (n = 2) |" in lines
-    assert "| PatchVAE − β-VAE, paper | +2.00 ± 1.41 (n = 2) | – | – |" in lines and lines[-1] == "- a note"
+    assert "| paper | β-VAE | 53.00 ± 3.61 | – | – | +7.67 ± 3.06 |" in lines
+    probes = "30.00 (n = 1) | 40.00 (n = 1)"
+    assert f"| paper | PatchVAE | 55.50 ± 6.36 (n = 2) | {probes} | +10.00 ± 5.66 (n = 2) |" in lines
+    assert "| PatchVAE − β-VAE, paper | +2.00 ± 1.41 (n = 2) | – | – |" in lines
+    assert lines[-1] == f"- {content['notes'][-1]}"
 
 
-def test_the_last_epoch_counts_not_the_best_on_the_test_images():
-    settings, rows = reproduce.parse([])
-    records = {"all-head": {"command": "", "last": {"top1": 60.0}, "best": {"top1": 70.0}}}
-    (row,) = reproduce.gather(settings.changed(rows=[]), rows, {"paper-vae-seed1": records})["rows"]
-    assert row["scores"]["all-head"]["mean"] == 60
+def test_plots_draw_every_seed_mean_deviation_and_loss():
+    top1 = {"random": [[50.0]], "β-VAE": [[51.0, 53.0]], "none": [], "PatchVAE": [[60.0, 62.0, 64.0], [9.0], [1.0]]}
+    rows = [{"name": words, "group": "recipe", "words": words, "scores": {
+        column: reproduce.spread(dict(enumerate(found))) for column, found in zip(reproduce.FROZEN, values)}}
+        for words, values in top1.items()]
+    curves = {f"PatchVAE-seed{seed}": {"training": {"curve": curve}} for seed, curve in ((1, [5, 3]), (2, [7, 4]))}
+    content = {"title": "title", "frozen": "all frozen", "rows": rows, "calls": {**curves, "random-seed1": {}}}
+    (axes,) = reproduce.plot_scores(content).axes
+    assert (axes.get_xlabel(), axes.get_title()) == ("top-1 in %, all frozen", "title")
+    names = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert names == ["recipe: random", "recipe: β-VAE", "recipe: PatchVAE"]
+    dots = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "." and len(line.get_xdata())]
+    assert dots == [[50], [51, 53], [60, 62, 64], [9], [1]]
+    bars = [bar.get_segments()[0][:, 0].tolist() for bar in axes.collections]
+    assert bars == [pytest.approx([52 - 2**0.5, 52 + 2**0.5]), [60, 64]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["head", "linear", "kNN"]
+    (axes,) = reproduce.plot_curves(content).axes
+    (line,), (band,) = axes.lines, axes.collections
+    assert line.get_xydata().tolist() == [[1, 6], [2, 3.5]] and line.get_label() == "recipe: PatchVAE"
+    assert band.get_paths()[0].get_extents().ymax == pytest.approx(6 + 2**0.5)
+    assert axes.get_xlabel() == "epoch" and axes.get_xscale() == axes.get_yscale() == "log"
 
 
 def test_the_study_shows_the_figures_on_record():

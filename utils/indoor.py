@@ -36,12 +36,14 @@ def main(argv=None):
     parser.add_argument("--dry", action="store_true", help="check everything, show the counts, and write nothing")
     options = parser.parse_args(argv)
     images, target = options.image_dir, options.target_dir
-
     names = [line for line in read_lines(options.split_file) if line.strip()]  # spaces around a name belong to it
     check(names, images, target)
     waiting = [name for name in names if isfile(images / name)]
     if not options.dry:
-        move(waiting, images, target)
+        try:
+            move(waiting, images, target)
+        except OSError as error:
+            raise RunError(f"{error}; no image is lost: mend this and run the same command again") from error
     print(f"{len(waiting):,} images {'to move' if options.dry else 'moved'}, {len(names) - len(waiting):,} in place")
     return len(waiting)
 
@@ -80,34 +82,31 @@ def problem_of(name, images, target):
 
 
 def move(names, images, target):
-    """Move the files `names` from the folder `images` to the folder `target`. Raises RunError."""
-    try:
-        for leftover in target.glob(f"*/{UNFINISHED}*"):  # of a run that was stopped
-            leftover.unlink(missing_ok=True)
-        for name in tqdm(names, desc="moving", unit="image", disable=None):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            rename_or_copy(images / name, target / name)
-        copied = [images / name for name in names if lexists(images / name)]
-        if copied:
-            os.sync()  # the copies have to survive a power cut before their originals go
-        for original in copied:
-            original.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"{error}; no image is lost: mend this and run the same command again") from error
+    """Move the files `names` from the folder `images` to the folder `target`. Raises OSError."""
+    for leftover in target.glob(f"*/{UNFINISHED}*"):  # of a run that was stopped
+        leftover.unlink(missing_ok=True)
+    for name in tqdm(names, desc="moving", unit="image", disable=None):
+        here, there = images / name, target / name
+        there.parent.mkdir(parents=True, exist_ok=True)
+        if not lexists(there):
+            rename_or_copy(here, there)
+        elif not filecmp.cmp(here, there, shallow=False):
+            raise OSError(f"{there} appeared with other content than {here}")
+    copied = [images / name for name in names if lexists(images / name)]
+    if copied:
+        os.sync()  # the copies have to survive a power cut before their originals go
+    for original in copied:
+        original.unlink(missing_ok=True)
 
 
 def rename_or_copy(here, there):
-    """Rename the file `here` to `there` or copy it to another disk, never onto another image. Raises OSError."""
-    if lexists(there):
-        if not filecmp.cmp(here, there, shallow=False):
-            raise OSError(f"{there} appeared with other content than {here}")
-        return
+    """Rename the file `here` to `there` or, if that lies on another disk, copy it. Raises OSError."""
     try:
         os.rename(here, there)
     except OSError as error:
-        if error.errno != errno.EXDEV:  # anything but "on another disk"
+        if error.errno != errno.EXDEV:
             raise
-        unfinished = there.with_name(f"{UNFINISHED}{os.urandom(8).hex()}")
+        unfinished = there.with_name(f"{UNFINISHED}{os.urandom(8).hex()}")  # two runs at once copy apart
         shutil.copy2(here, unfinished)
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
