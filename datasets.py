@@ -154,7 +154,7 @@ class Arrays:
 
 
 class Drawings:
-    """Scenes of utils/shapes.py. `binary`: white on black. `pixel_labels(index)` tells the truth about each pixel."""
+    """Scenes of utils/shapes.py, white on black if `binary`."""
 
     def __init__(self, length, seed, kinds=shapes.KINDS, binary=False):
         self.seed, self.classes, self.binary = seed, list(kinds), binary
@@ -178,10 +178,6 @@ class Drawings:
 
     def scene(self, index):
         return shapes.scene(self.seed, int(self.numbers[index]), tuple(self.classes), overlap=not self.binary)
-
-    def pixel_labels(self, index):
-        """Exact labels of image `index`: a dict of size×size uint8 arrays, see shapes.Scene.labels."""
-        return self.scene(index).labels(self.size)
 
 
 def _label_array(labels):
