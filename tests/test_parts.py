@@ -65,6 +65,10 @@ def by_cost(found):
     return [part["part"] for part in sorted(found["parts"], key=lambda part: -part["error_rise_when_off"])]
 
 
+def flat(value, side=16):
+    return np.full((side, side, 3), value, np.uint8)
+
+
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
@@ -227,20 +231,19 @@ def test_swap_and_traversal_change_the_appearance_of_one_part_alone(make, descri
     with torch.no_grad():
         mine = model.encode(torch.rand(4, 1, 32, 32))
     before, rest = mine.mean.clone(), [number for number in range(16) if number != 2]
-    place = parts.Place({}, "", *[np.zeros((8, 8, 3), np.uint8)] * 3, "")
-    gallery, vary = parts.Gallery(2, mine, [place] * 4), np.zeros((16, 2, model.appearance_size))
-    vary[2, :, 0] = 1
+    gallery = parts.Gallery(2, mine, [parts.Place({}, "", *[flat(0)] * 3, "")] * 4)
+    vary = torch.eye(model.appearance_size).expand(16, -1, -1).numpy()  # the first latent most
     monkeypatch.setattr(parts, "table", lambda *arguments: None)
     monkeypatch.setattr(parts, "words_for", lambda part: [])
-    monkeypatch.setattr(parts, "decoded", lambda *found: seen.append(found[-1]) or np.zeros((2, 8, 8, 3), np.uint8))
-    parts.draw_swap(model, None, gallery, np.eye(model.appearance_size)[0])
+    monkeypatch.setattr(parts, "decoded", lambda *found: seen.append(found[-1]) or np.zeros((2, 16, 16, 3), np.uint8))
+    parts.draw_swap(model, None, gallery, vary[2, 0])
     parts.draw_traversal(model, None, {"deviations": np.ones((16, 2)), "directions": vary}, [({}, gallery)])
     (a, b), order = (seen[0], seen[1]), mine.mean[:, 2, 0].argsort()
     assert torch.equal(a.mean, mine.mean[order[:2]]) and torch.equal(b.mean[:, 2], mine.mean[order[2:], 2])
     assert torch.equal(b.mean[:, rest], a.mean[:, rest]) and torch.equal(b.logits, mine.logits[order[:2]])
-    for moved in seen[2:]:
+    for latent, moved in enumerate(seen[2:]):
         assert torch.equal(moved.mean[parts.STEPS.index(0)], mine.mean[0])
-        torch.testing.assert_close(moved.mean[:, 2, 0] - mine.mean[0, 2, 0], torch.tensor(parts.STEPS))
+        torch.testing.assert_close(moved.mean[:, 2, latent] - mine.mean[0, 2, latent], torch.tensor(parts.STEPS))
         assert torch.equal(moved.mean[:, rest], mine.mean[:1, rest].expand(5, -1, -1)) and len(moved.logits) == 5
     assert torch.equal(mine.mean, before) and len(seen) == 4
 
@@ -334,25 +337,16 @@ def test_the_page_holds_everything_it_shows(photographs):
 # ------------------------------------------------------------------------------------------------ drawing
 
 
-def flat(value, side=16):
-    return np.full((side, side, 3), value, np.uint8)
-
-
 def test_table_places_every_tile_where_its_row_and_column_are():
     rows = [(["β = 2"], [flat(10)], ["below"]), ([], [flat(20), None, flat(30)], [])]
     sheet = np.asarray(parts.table(rows, ["a heading"], side=64))
     assert all((sheet == value).all(axis=2).sum() == 64 * 64 for value in (10, 20, 30))
     columns = [np.flatnonzero((sheet == value).all(axis=2).any(axis=0))[0] for value in (10, 20, 30)]
     assert columns[0] == columns[1] and columns[2] == columns[1] + 64 + GAP + parts.BREAK
-    large = parts.table([([], [flat(10, 224)], [])], [])  # is shrunk
-    assert large.height < 140 and large.width < 200
-
-
-def test_long_captions_are_cut():
-    sheet = np.asarray(parts.table([([], [flat(255, 64)], ["a class with a very long name"])], [], side=64))
-    inked = np.flatnonzero((sheet < 255).any(axis=(0, 2)))
-    left = 2 * parts.BREAK
-    assert left <= inked[0] and left + 40 < inked[-1] < left + 64
+    large = np.asarray(parts.table([([], [flat(255, 224)], ["a class with a very long name, and more"])], []))
+    written = np.flatnonzero((large < 255).any(axis=(0, 2))) - 2 * parts.BREAK
+    assert written[0] >= 0 and 72 < written[-1] < 96  # the tile is shrunk, the caption cut to its width
+    assert len(large) < 140 and large.shape[1] < 200
 
 
 def test_framed_draws_around_the_box_alone():

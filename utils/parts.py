@@ -95,12 +95,13 @@ def main(argv=None):
     parts = [describe(found, gallery) for gallery in galleries]
     number = choose_part(parts) if settings.part is None else settings.part
     more = open_gallery(settings, model, images, found, number, COLUMNS + max(COLUMNS, settings.patches))
-    findings = {name: getattr(settings, name) for name in ("pretrained", "dataset", "data_folder", "split", "size")}
-    sight = receptive_field(nn.Sequential(model.encoder, model.occurrence.convolution))
-    findings |= {"images": len(images), "ablation_images": len(examples), "reconstruction_error": found["error"]}
-    findings |= {"receptive_field": sight, "patch_size": settings.patch_size, "parts": parts}
-    costly = sorted(parts, key=lambda part: -part["error_rise_when_off"])
-    pairs = [(part, galleries[part["part"]]) for part in costly]
+    findings = {
+        **{name: getattr(settings, name) for name in ("pretrained", "dataset", "data_folder", "split", "size")},
+        "images": len(images), "ablation_images": len(examples), "reconstruction_error": found["error"],
+        "receptive_field": receptive_field(nn.Sequential(model.encoder, model.occurrence.convolution)),
+        "patch_size": settings.patch_size, "parts": parts,
+    }
+    pairs = sorted(zip(parts, galleries), key=lambda pair: -pair[0]["error_rise_when_off"])  # what costs most first
     shown = pairs[: settings.shown]
     pictures = {
         "parts": draw_parts(findings, shown),

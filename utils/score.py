@@ -37,9 +37,10 @@ from utils import batches, options, runtime, shapes, trained
 from utils.runtime import RunError, UsageError
 
 # Letters: B images, N parts, L labels, M locations (cells or pixels); maps, M×N: how surely each part occurs there.
-GROUND, INTERIOR, EDGE, CORNER, ARC = 0, 1, 2, 10, 11  # local geometry; 2 to 9: edges, turned by 22.5 degrees each
-MASK = "mask"  # what image files are labelled with; drawn images with these, so many labels, of which 0 is the ground:
+MASK = "mask"  # what is labelled of image files
+# What is labelled of drawn images, and how many labels there are; label 0 is the ground.
 CLASSES = {"geometry": 12, "kind": 1 + len(shapes.KINDS), "colour": 1 + len(shapes.COLOURS), "figure": 2}
+GROUND, INTERIOR, EDGE, CORNER, ARC = 0, 1, 2, 10, 11  # local geometry; 2 to 9: edges, turned by 22.5 degrees each
 CLEAR = 0.75  # a cell of an image file is scored if one label covers this share of its pixels
 BATCH = 100  # images at a time; as many take part in the swap test
 PATCHES = 20_000  # at most, that k-means is fitted to
@@ -225,9 +226,9 @@ def describe(settings, train, test, classes, widths):
     """What was done, in words: a dict of str. `widths`: of the patches of each k-means, in cells."""
     cell, rule = settings.scale, "label of a cell: its commonest"
     if settings.masks:
-        rule = f"{classes[MASK]} labels, ignored: {' '.join(map(str, settings.ignore or ['-']))}; scored: "
-        rule += f"cells with at least {CLEAR * cell**2:g} of {cell**2} pixels of one label, "
-        rule += f"{test.scored.sum():,} of {test.scored.size:,}"
+        rule = (f"{classes[MASK]} labels, ignored: {' '.join(map(str, settings.ignore or ['-']))}; scored: "
+                f"cells with at least {CLEAR * cell**2:g} of {cell**2} pixels of one label, "
+                f"{test.scored.sum():,} of {test.scored.size:,}")
     return {
         "model": f"{settings.pretrained}, {settings.num_parts} parts (K) of size {settings.hidden_size}",
         "data": f"{settings.dataset}, {settings.size} px, cells of {cell} px; {rule}",
