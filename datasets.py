@@ -173,10 +173,6 @@ class Drawings(Source):
     def scene(self, index):
         return shapes.scene(self.seed, int(self.items[index]), tuple(self.classes), overlap=not self.binary)
 
-    def pixel_labels(self, index):
-        """Exact labels of image `index`: a dict of size×size uint8 arrays, see shapes.Scene.labels."""
-        return self.scene(index).labels(self.size)
-
 
 # ---------------------------------------------------------------------------------------------------- folders
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from sklearn.decomposition import PCA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import modules
-from utils import batches, figures, parts, training
+from utils import batches, parts, training
+from utils.figures import GAP
 
 FILES = sorted([*parts.CONTENTS, "logs_parts"])
 QUICK = ["--workers", "0", "--ablation-images", "20", "--shown", "3"]
@@ -58,6 +60,15 @@ def facts(model, *more):
         return look(model, *more)[0]
 
 
+def by_cost(found):
+    """The numbers of the parts, those first whose absence costs most."""
+    return [part["part"] for part in sorted(found["parts"], key=lambda part: -part["error_rise_when_off"])]
+
+
+def flat(value, side=16):
+    return np.full((side, side, 3), value, np.uint8)
+
+
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
@@ -68,7 +79,7 @@ def names_in(folder):
 @pytest.mark.parametrize("steps", [None, 20], ids=["all different", "many equal"])
 @pytest.mark.parametrize("batch", [7, 100])
 def test_statistics_are_those_of_all_maps_at_once(batch, steps):
-    generator, statistics = torch.Generator().manual_seed(1), parts.Statistics()
+    generator = torch.Generator().manual_seed(1)
     occurrence = torch.rand(60, 5, 4, 4, generator=generator)
     if steps is None:
         occurrence[:, 2] = 0.9 * occurrence[:, 1] + 0.1 * occurrence[:, 3]
@@ -76,10 +87,11 @@ def test_statistics_are_those_of_all_maps_at_once(batch, steps):
         occurrence = (occurrence * steps).floor() / steps
     occurrence[:, 4] = 0.3
     mean = torch.randn(60, 5, 3, generator=generator) * torch.tensor([1.0, 3.0, 2.0])
-    for some in torch.arange(60).split(batch):
-        posterior = modules.Posterior(mean[some], mean[some], occurrence[some].logit(), occurrence[some])
-        statistics.add(posterior, posterior.logits, posterior.occurrence)
-    found, maps = statistics.read(), occurrence.numpy().astype(np.float64)
+    model = SimpleNamespace(  # encodes the number of an image
+        encode=lambda some: modules.Posterior(mean[some], mean[some], occurrence[some].logit(), occurrence[some]),
+        occurrence=SimpleNamespace(categorical=False, mode=torch.sigmoid))
+    found = parts.survey(model, [(some, None) for some in torch.arange(60).split(batch)])
+    maps = occurrence.numpy().astype(np.float64)
     by_part, odds = maps.swapaxes(0, 1).reshape(5, -1), occurrence.logit().flatten(2).numpy()  # B×N×cells
     for part in range(5):
         best = odds[:, part].max(axis=1)
@@ -198,9 +210,9 @@ def test_duplicates_are_found_by_their_places_even_if_their_maps_do_not_correlat
 
 def test_places_that_one_part_alone_shares_make_no_duplicate():
     found = {"shared": np.array([[1, 1, 0.6], [0.1, 1, 0], [0.5, 0, 1]]), "correlation": np.eye(3),
-             "lives": np.array([True] * 3)}
+             "dead": np.array([None] * 3)}
     assert [[near["part"] for near in parts.near_duplicates(found, part)] for part in range(3)] == [[2], [], [0]]
-    found["lives"][2] = False
+    found["dead"][2] = "never occurs"
     assert not parts.near_duplicates(found, 0) and not parts.near_duplicates(found, 2)
 
 
@@ -214,17 +226,26 @@ def test_the_part_whose_absence_costs_most_is_drawn():
 
 
 @pytest.mark.parametrize("described", [{}, {"hard": True}, {"categorical": True}, {"independent": True, "ngf": 16}])
-def test_swap_and_traversal_change_the_appearance_of_one_part_alone(make, described):
-    model = training.load_model(make(**described))[0]
+def test_swap_and_traversal_change_the_appearance_of_one_part_alone(make, described, monkeypatch):
+    model, seen = training.load_model(make(**described))[0], []
     with torch.no_grad():
-        mine, other = (model.encode(x) for x in torch.rand(2, 3, 1, 32, 32))
-    swapped, moved = parts.swapped(mine, other, 2), parts.moved(mine, 2, np.ones(model.appearance_size))
-    rest = [number for number in range(16) if number != 2]
-    assert torch.equal(swapped.mean[:, 2], other.mean[:, 2]) and torch.equal(swapped.logits, mine.logits)
-    assert torch.equal(swapped.mean[:, rest], mine.mean[:, rest]) and not torch.equal(mine.mean, other.mean)
-    assert torch.equal(moved.mean[parts.STEPS.index(0)], mine.mean[0])
-    torch.testing.assert_close(moved.mean[:, 2, 0] - mine.mean[0, 2, 0], torch.tensor(parts.STEPS))
-    assert torch.equal(moved.mean[:, rest], mine.mean[:1, rest].expand(5, -1, -1)) and len(moved.logits) == 5
+        mine = model.encode(torch.rand(4, 1, 32, 32))
+    before, rest = mine.mean.clone(), [number for number in range(16) if number != 2]
+    gallery = parts.Gallery(2, mine, [parts.Place({}, "", *[flat(0)] * 3, "")] * 4)
+    vary = torch.eye(model.appearance_size).expand(16, -1, -1).numpy()  # the first latent most
+    monkeypatch.setattr(parts, "table", lambda *arguments: None)
+    monkeypatch.setattr(parts, "words_for", lambda part: [])
+    monkeypatch.setattr(parts, "decoded", lambda *found: seen.append(found[-1]) or np.zeros((2, 16, 16, 3), np.uint8))
+    parts.draw_swap(model, None, gallery, vary[2, 0])
+    parts.draw_traversal(model, None, {"deviations": np.ones((16, 2)), "directions": vary}, [({}, gallery)])
+    (a, b), order = (seen[0], seen[1]), mine.mean[:, 2, 0].argsort()
+    assert torch.equal(a.mean, mine.mean[order[:2]]) and torch.equal(b.mean[:, 2], mine.mean[order[2:], 2])
+    assert torch.equal(b.mean[:, rest], a.mean[:, rest]) and torch.equal(b.logits, mine.logits[order[:2]])
+    for latent, moved in enumerate(seen[2:]):
+        assert torch.equal(moved.mean[parts.STEPS.index(0)], mine.mean[0])
+        torch.testing.assert_close(moved.mean[:, 2, latent] - mine.mean[0, 2, latent], torch.tensor(parts.STEPS))
+        assert torch.equal(moved.mean[:, rest], mine.mean[:1, rest].expand(5, -1, -1)) and len(moved.logits) == 5
+    assert torch.equal(mine.mean, before) and len(seen) == 4
 
 
 def test_figures_do_not_depend_on_the_batch_size(make):
@@ -300,7 +321,7 @@ def test_the_page_holds_everything_it_shows(photographs):
     page = (place / "parts.html").read_text()
     assert not re.search(r"(src|href|url|import)\s*[=(]\s*[\"']?(https?:|//|file:)", page) and "<b>ee" not in page
     order = [int(number) for number in re.findall(r'<section id="part-(\d+)"', page)]
-    assert order == [part["part"] for part in parts.by_contribution(found["parts"])]
+    assert order == by_cost(found)
     assert page.count("<button") == 16 * 12
     kept = json.loads(re.search(r"const photographs = (\{.*?\}), at", page)[1])
     uris = [*kept.values(), *re.findall(r'src="(data:[^"]+)"', page), *re.findall(r'data-occurs="([^"]+)"', page)]
@@ -311,6 +332,28 @@ def test_the_page_holds_everything_it_shows(photographs):
     frame = re.search(r'data-frame="\s*left: ([\d.]+)%; width: ([\d.]+)%;\s*top: ([\d.]+)%', page)
     left, top, right, _ = first["box"]
     assert [float(value) for value in frame.groups()] == pytest.approx([left / 3, (right - left) / 3, top / 2])
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+def test_table_places_every_tile_where_its_row_and_column_are():
+    rows = [(["β = 2"], [flat(10)], ["below"]), ([], [flat(20), None, flat(30)], [])]
+    sheet = np.asarray(parts.table(rows, ["a heading"], side=64))
+    assert all((sheet == value).all(axis=2).sum() == 64 * 64 for value in (10, 20, 30))
+    columns = [np.flatnonzero((sheet == value).all(axis=2).any(axis=0))[0] for value in (10, 20, 30)]
+    assert columns[0] == columns[1] and columns[2] == columns[1] + 64 + GAP + parts.BREAK
+    large = np.asarray(parts.table([([], [flat(255, 224)], ["a class with a very long name, and more"])], []))
+    written = np.flatnonzero((large < 255).any(axis=(0, 2))) - 2 * parts.BREAK
+    assert written[0] >= 0 and 72 < written[-1] < 96  # the tile is shrunk, the caption cut to its width
+    assert len(large) < 140 and large.shape[1] < 200
+
+
+def test_framed_draws_around_the_box_alone():
+    framed = parts.framed(flat(90, 64), (24, 24, 40, 40))
+    changed = np.flatnonzero((framed != 90).any(axis=(1, 2)))
+    assert (changed[0], changed[-1]) == (23, 40) and (framed[26:38, 26:38] == 90).all()
+    assert 0 < (parts.framed(flat(90, 64), (9, 9, 9, 9)) != 90).any(axis=2).sum() <= 12  # less than a pixel
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -383,18 +426,17 @@ SHAPES = {"dataset": "shapes"}
     (SHAPES, {**COLOUR, "encoder_arch": "resnet18", "scale": 32, "inet": True}), ({}, {"num_parts": 70}),
 ])
 def test_every_kind_of_model(make, trained_on, described, monkeypatch):
-    tables = []
-    monkeypatch.setattr(parts, "table", lambda rows, *rest: tables.append((rows, rest)) or figures.table(rows, *rest))
+    tables, table = [], parts.table
+    monkeypatch.setattr(parts, "table", lambda rows, *rest: tables.append((rows, rest)) or table(rows, *rest))
     found, folder = look(make(trained_on=trained_on, **described), "--images", 40, "--patches", 2, "--part", 0)
     assert names_in(folder) == FILES and found["images"] == 40
     number = described.get("num_parts", 16)
     assert len(found["parts"]) == number and (folder / "parts.html").read_text().count("<section") == number
     rates = [part["rate"] for part in found["parts"]]
     assert not described.get("categorical") or sum(rates) == pytest.approx(1, rel=1e-4)
-    costly = [f"part {part['part']}" for part in parts.by_contribution(found["parts"])[:3]]
     for rows, (heading, *_) in (tables[0], tables[-1]):
-        assert [row.label[0] for row in rows] == costly
-        assert f"Shown are {f'the 3 of {number}' if number > 1 else 'all'} parts" in heading[-1]
+        assert [words[0] for words, *_ in rows] == [f"part {part}" for part in by_cost(found)[:3]]
+        assert f"Shown are {min(3, number)} of {number} parts" in heading[-1]
 
 
 def test_images_without_classes_and_fewer_than_patches(make, tmp_path):

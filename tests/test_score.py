@@ -11,10 +11,10 @@ from PIL import Image
 
 import modules
 import run
-from datasets import Drawings, Files
+from datasets import Files
 from utils import batches, options, score, shapes, training
 
-CLASSES = len(shapes.GEOMETRY)
+CLASSES = score.CLASSES["geometry"]
 FEW = ["--train-images", "60", "--test-images", "100"]
 
 
@@ -27,7 +27,8 @@ def maps_of(labels, parts=CLASSES):
 @pytest.fixture(scope="module")
 def scored():
     """A function: figures of the maps that `train` and `test` make of the true geometry of 300 drawn images each."""
-    pixels = [np.stack([Drawings(300, seed).pixel_labels(k)["geometry"] for k in range(300)]) for seed in (0, 1)]
+    scenes = [[shapes.scene(seed, index) for index in range(300)] for seed in (0, 1)]
+    pixels = [np.stack([score.label_geometry(scene, 32) for scene in some]) for some in scenes]
     cells, everywhere = [score.majority(labels, 4)[0] for labels in pixels], np.ones((300, 8, 8), bool)
     truths = [({"geometry": c}, everywhere, {"geometry": p[:250]}) for c, p in zip(cells, pixels)]
     truths = [score.Labelled(torch.zeros(1, 1, 32, 32), *truth) for truth in truths]
@@ -46,6 +47,32 @@ def save_model(folder, *changes):
     folder.mkdir(exist_ok=True)
     training.save(folder / "model.pt", {**content, "model": modules.build_model(content["options"]).state_dict()})
     return ["--pretrained", str(folder / "model.pt")]
+
+
+def test_pixel_labels_agree_with_the_figures_and_the_picture():
+    for index in range(30):
+        scene = shapes.scene(0, index)
+        labels, picture, owner = score.label_pixels(scene, 64), np.asarray(scene.draw(64)) / 255, scene.owner(64)
+        assert set(labels) == {"figure", "kind", "colour", "geometry"} == set(score.CLASSES)
+        for number, figure in enumerate(scene.figures, start=1):
+            mine = owner == number
+            assert (labels["kind"][mine] == 1 + shapes.KINDS.index(figure.kind)).all()
+            assert (labels["colour"][mine] == 1 + figure.hue).all()
+            inner = mine & (labels["geometry"] == score.INTERIOR)
+            assert np.abs(picture[inner] - figure.rgb).max(initial=0) < 0.01
+        assert np.array_equal(labels["figure"], owner > 0) and np.array_equal(labels["kind"] > 0, owner > 0)
+
+
+def test_geometry_of_one_square_and_one_circle():
+    square = shapes.Figure("square", 0.5, 0.5, 0.3, np.pi / 4, 0, (1, 0, 0))  # sides parallel to the image's
+    geometry = score.label_geometry(shapes.Scene((square,), ((0, 0, 0),) * 2, "plain", 0), 64)
+    side = 0.3 / np.sqrt(2)
+    top = left = round((0.5 - side) * 64)
+    assert geometry[top, 32] == score.EDGE and geometry[32, left] == score.EDGE + 4  # 0 and 90 degrees
+    assert (geometry[top, left], geometry[32, 32], geometry[2, 2]) == (score.CORNER, score.INTERIOR, score.GROUND)
+    circle = square._replace(kind="circle")
+    geometry = score.label_geometry(shapes.Scene((circle,), ((0, 0, 0),) * 2, "plain", 0), 64)
+    assert set(np.unique(geometry)) == {score.GROUND, score.INTERIOR, score.ARC}
 
 
 def test_the_truth_scores_one_and_chance_nothing(scored):

@@ -1,4 +1,4 @@
-"""The drawn data: a pure function of (seed, index), with labels that agree with the pixels."""
+"""The drawn data: scenes are a pure function of (seed, index), and the main figure is the one that is seen most."""
 
 import numpy as np
 import pytest
@@ -31,39 +31,11 @@ def overlaps(scene):
 def test_label_is_the_kind_with_clearly_the_most_visible_pixels(size):
     source = open_split("shapes", None, "train", size)
     for index in range(60):
-        scene, labels = source.scene(index), source.pixel_labels(index)
-        visible = np.bincount(labels["instance"].ravel(), minlength=len(scene.figures) + 1)[1:]
+        scene = source.scene(index)
+        visible = np.bincount(scene.owner(size).ravel(), minlength=len(scene.figures) + 1)[1:]
         winner = scene.figures[visible.argmax()]
         assert source.classes[source.labels[index]] == winner.kind
         assert visible.max() > 1.3 * max([0, *np.delete(visible, visible.argmax())])
-
-
-def test_pixel_labels_agree_with_the_figures_and_the_picture():
-    for index in range(30):
-        scene = shapes.scene(0, index)
-        labels, picture = scene.labels(64), np.asarray(scene.draw(64)) / 255
-        assert set(labels) == {"instance", "kind", "colour", "geometry"}
-        for number, figure in enumerate(scene.figures, start=1):
-            mine = labels["instance"] == number
-            assert (labels["kind"][mine] == 1 + shapes.KINDS.index(figure.kind)).all()
-            assert (labels["colour"][mine] == 1 + figure.hue).all()
-            inner = mine & (labels["geometry"] == shapes.INTERIOR)
-            assert np.abs(picture[inner] - figure.rgb).max(initial=0) < 0.01
-        assert ((labels["kind"] == 0) == (labels["instance"] == 0)).all()
-
-
-def test_geometry_of_one_square_and_one_circle():
-    square = shapes.Figure("square", 0.5, 0.5, 0.3, np.pi / 4, 0, (1, 0, 0))  # sides parallel to the image's
-    geometry = shapes.Scene((square,), ((0, 0, 0),) * 2, "plain", 0).labels(64)["geometry"]
-    side = 0.3 / np.sqrt(2)
-    top, left = round((0.5 - side) * 64), round((0.5 - side) * 64)
-    assert shapes.GEOMETRY[geometry[top, 32]] == "edge 0 deg" and shapes.GEOMETRY[geometry[32, left]] == "edge 90 deg"
-    assert (
-        geometry[top, left] == shapes.CORNER and geometry[32, 32] == shapes.INTERIOR and geometry[2, 2] == shapes.GROUND
-    )
-    circle = square._replace(kind="circle")
-    geometry = shapes.Scene((circle,), ((0, 0, 0),) * 2, "plain", 0).labels(64)["geometry"]
-    assert set(np.unique(geometry)) == {shapes.GROUND, shapes.INTERIOR, shapes.ARC}
 
 
 @pytest.mark.parametrize("name", ["binshapes", "bincircles"])
@@ -72,7 +44,7 @@ def test_binary_sets_are_white_on_black_and_grey(name):
     for index in range(5):
         image = source.image(index)
         assert image.mode == "L" and image.size == (48, 48) and set(np.unique(image)) == {0, 255}
-        assert np.array_equal(np.asarray(image) > 0, source.pixel_labels(index)["instance"] > 0)
+        assert np.array_equal(np.asarray(image) > 0, source.scene(index).owner(48) > 0)
     assert DATA_SETS[name].channels == 1
 
 

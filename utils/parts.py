@@ -14,6 +14,7 @@ cell and box of every patch; logs_parts/, the pictures for TensorBoard. The same
 import base64
 import csv
 import io
+import itertools
 import os
 import sys
 from collections import Counter
@@ -24,7 +25,7 @@ import jinja2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -34,7 +35,7 @@ import modules
 from datasets import SPLITS, normalisation, open_split, printable
 from run import ACTIVE
 from utils import batches, figures, options, runtime, trained, training
-from utils.figures import Row, table
+from utils.figures import FRAME, GAP, INK, LINE
 from utils.runtime import RunError, UsageError
 
 SURE, ABSENT = 0.5, 0.01  # above it a part occurs surely; one that is placed nowhere with more than this never occurs
@@ -42,6 +43,8 @@ CORRELATED, SHARED, UPPER = 0.9, 0.5, 0.25  # see near_duplicates, and shared_pl
 CELLS = 3  # width of a patch in cells, where the encoder sees more than the image
 DECODED = 16_000_000  # pixels decoded to see what the parts contribute: a minute or less on a CPU core
 MOST, COLUMNS, LARGE, WHOLE = 50, 8, 128, 400  # patches of a part, images in swap.png, pixels of these, of photographs
+BREAK, FAINT = 12, (120, 120, 120)  # pixels between groups of tiles; colour of all words but the first
+ORDER = "Shown are {} of {} parts, those first whose absence costs most."
 STEPS, DIRECTIONS = (-3.0, -1.5, 0.0, 1.5, 3.0), 2  # of traversal.png, in standard deviations
 CONTENTS = ("parts.json", "parts.html", "parts.csv", "parts.png", "illustration.png", "swap.png", "traversal.png")
 
@@ -79,7 +82,8 @@ def main(argv=None):
     settings = complete(settings, model)
     images = open_images(settings, device)
     folder = training.prepare_folder(settings.output_folder, CONTENTS, keep=True)
-    found = survey(model, images, settings.batch_size)
+    steps = -(-len(images) // settings.batch_size)
+    found = survey(model, tqdm(images.in_order(settings.batch_size), "look", steps, leave=False, disable=None))
     examples = images.examples(settings.ablation_images)
     target = modules.reconstruction_target(examples, settings.target, *normalisation(len(images.mean), settings.inet))
     found["error"], found["rises"] = contributions(model, examples, target, settings.batch_size)
@@ -91,11 +95,13 @@ def main(argv=None):
     parts = [describe(found, gallery) for gallery in galleries]
     number = choose_part(parts) if settings.part is None else settings.part
     more = open_gallery(settings, model, images, found, number, COLUMNS + max(COLUMNS, settings.patches))
-    findings = {name: getattr(settings, name) for name in ("pretrained", "dataset", "data_folder", "split", "size")}
-    sight = receptive_field(nn.Sequential(model.encoder, model.occurrence.convolution))
-    findings |= {"images": len(images), "ablation_images": len(examples), "reconstruction_error": found["error"]}
-    findings |= {"receptive_field": sight, "patch_size": settings.patch_size, "parts": parts}
-    pairs = [(part, galleries[part["part"]]) for part in by_contribution(parts)]
+    findings = {
+        **{name: getattr(settings, name) for name in ("pretrained", "dataset", "data_folder", "split", "size")},
+        "images": len(images), "ablation_images": len(examples), "reconstruction_error": found["error"],
+        "receptive_field": receptive_field(nn.Sequential(model.encoder, model.occurrence.convolution)),
+        "patch_size": settings.patch_size, "parts": parts,
+    }
+    pairs = sorted(zip(parts, galleries), key=lambda pair: -pair[0]["error_rise_when_off"])  # what costs most first
     shown = pairs[: settings.shown]
     pictures = {
         "parts": draw_parts(findings, shown),
@@ -139,16 +145,44 @@ def open_images(settings, device):
 
 
 @torch.no_grad()
-def survey(model, images, batch_size):
-    """What each part does in all images, see Statistics.read."""
-    statistics = Statistics()
-    with tqdm(total=len(images), desc="look", unit="image", leave=False, disable=None) as bar:
-        for x, _ in images.in_order(batch_size):
-            posterior = model.encode(x)
-            odds = log_odds(posterior.logits, model.occurrence.categorical)
-            statistics.add(posterior, odds, model.occurrence.mode(posterior.logits))
-            bar.update(len(x))
-    return statistics.read()
+def survey(model, images):
+    """What each part does in `images`, batches of (x: B×C×H×W, labels), B of them in all: a dict of arrays.
+
+    Of the surest cell in each image, B×N: `odds`, `highest` (the probability), `cell`; `order`, N×at most B: the surest
+    images first. Of all cells, N: `rate`, `strongest` (the highest probability), `strongest_share`, `variance` (over
+    images, of the cell or latent where it is largest), `dead` (why the part is of no use, or None); `correlation`, N×N.
+    Of the appearance: `deviations`, N×d, and `directions`, N×d×d, see principal().
+    """
+    sums, surest = Counter(), []
+    for x, _ in images:
+        posterior = model.encode(x)
+        odds, cell = log_odds(posterior.logits, model.occurrence.categorical).flatten(2).max(dim=2)  # B×N
+        maps, appearance = posterior.occurrence.flatten(2).double(), posterior.mean.double()  # B×N×l, B×N×d
+        highest = maps.gather(2, cell[..., None])[..., 0].float()
+        placed = model.occurrence.mode(posterior.logits).amax(dim=(2, 3))  # Q^O, or 0 and 1 under --hard
+        surest.append([values.cpu().numpy() for values in (odds, highest, cell.int(), placed)])
+        cells = maps.movedim(1, 0).flatten(1)  # N×(B·l)
+        sums["cell"] += maps.sum(0)  # N×l
+        sums["cell_square"] += maps.square().sum(0)
+        sums["products"] += cells @ cells.T  # N×N
+        sums["appearance"] += appearance.sum(0)  # N×d
+        sums["spread"] += torch.einsum("bnd,bne->nde", appearance, appearance)
+        sums["strongest"] += torch.bincount(maps.argmax(1).flatten(), minlength=len(cells))  # N
+    odds, highest, cell, placed = (np.concatenate(values) for values in zip(*surest))
+    mean = {name: value.double().cpu().numpy() / len(odds) for name, value in sums.items()}  # over the images
+    rate, cells = mean["cell"].mean(1), mean["cell"].shape[1]
+    deviations, directions = principal(mean["appearance"], mean["spread"])
+    spread = np.einsum("ndd->nd", mean["spread"]) - mean["appearance"] ** 2  # N×d, each latent by itself
+    variance = np.maximum((mean["cell_square"] - mean["cell"] ** 2).max(1), spread.max(1))
+    unused = np.where(variance <= ACTIVE, "does not vary", None)
+    return {
+        "odds": odds, "highest": highest, "cell": cell,
+        "order": np.argsort(-odds, axis=0, kind="stable")[: COLUMNS + MOST].T.copy(),
+        "rate": rate, "strongest": highest.max(0), "strongest_share": mean["strongest"] / cells, "variance": variance,
+        "dead": np.where(placed.max(0) < ABSENT, "never occurs", unused),
+        "correlation": correlation(rate, mean["products"] / cells),
+        "deviations": deviations, "directions": directions,
+    }
 
 
 def log_odds(logits, categorical):
@@ -159,51 +193,6 @@ def log_odds(logits, categorical):
     before = torch.cat([nothing, logits[:, :-1].logcumsumexp(dim=1)], dim=1)  # of the parts before each, and after it
     after = torch.cat([nothing, logits.flip(1)[:, :-1].logcumsumexp(dim=1)], dim=1).flip(1)
     return logits - torch.logaddexp(before, after)
-
-
-class Statistics:
-    """Running sums over batches, and the surest cell of each part in each image."""
-
-    def __init__(self):
-        self.sums, self.surest, self.placed = {}, [], 0.0
-
-    def add(self, posterior, odds, placed):
-        """Add a batch. `odds`: see log_odds; `placed`: z_occ in evaluation: Q^O, or zeros and ones under --hard."""
-        maps = posterior.occurrence.flatten(2).double()  # B×N×l
-        cells = maps.movedim(1, 0).flatten(1)  # N×(B·l)
-        appearance = posterior.mean.double()  # B×N×d
-        sums = {
-            "cell": maps.sum(0),  # N×l
-            "cell_square": maps.square().sum(0),
-            "products": cells @ cells.T,  # N×N
-            "appearance": appearance.sum(0),  # N×d
-            "spread": torch.einsum("bnd,bne->nde", appearance, appearance),
-            "strongest": torch.bincount(maps.argmax(1).flatten(), minlength=len(cells)),
-        }
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in sums.items()}
-        self.placed = placed.amax(dim=(0, 2, 3)).clamp_min(self.placed)
-        best, place = odds.flatten(2).max(dim=2)  # B×N
-        probability = posterior.occurrence.flatten(2).gather(2, place[..., None])[..., 0]
-        self.surest.append([values.cpu() for values in (best, probability, place.int())])
-
-    def read(self):
-        """The figures of the parts: a dict of arrays of N; of the surest cell in each image, B×N: odds, highest (the
-        probability), cell; order, N×at most B: the surest images; correlation: N×N, deviations: N×d, directions: N×d×d.
-        """
-        odds, highest, cell = (torch.cat(values).numpy() for values in zip(*self.surest))
-        order = np.argsort(-odds, axis=0, kind="stable")[: COLUMNS + MOST].T.copy()
-        sums = {name: value.double().cpu().numpy() / len(odds) for name, value in self.sums.items()}
-        rate, cells = sums["cell"].mean(1), sums["cell"].shape[1]
-        spread = np.einsum("ndd->nd", sums["spread"]) - sums["appearance"] ** 2  # N×d, each latent by itself
-        variance = np.maximum((sums["cell_square"] - sums["cell"] ** 2).max(1), spread.max(1))
-        deviations, directions = principal(sums["appearance"], sums["spread"])
-        return {
-            "odds": odds, "highest": highest, "cell": cell, "order": order, "strongest": highest.max(0),
-            "rate": rate, "strongest_share": sums["strongest"] / cells, "placed": self.placed.cpu().numpy(),
-            "lives": (variance > ACTIVE) & (self.placed.cpu().numpy() >= ABSENT), "variance": variance,
-            "correlation": correlation(rate, sums["products"] / cells),
-            "deviations": deviations, "directions": directions,
-        }
 
 
 def principal(mean, products):
@@ -232,17 +221,15 @@ def contributions(model, x, target, batch_size):
     Both summed over pixels, in normalised units, and averaged over x: B×C×H×W; `target`: what is to be reconstructed
     of it, of the same shape.
     """
-    kept = 1 - torch.eye(model.parts, device=x.device)  # a row for each part: all but this
-    kept = torch.cat([torch.ones_like(kept[:1]), kept])
-    errors, pairs = np.zeros(len(kept)), list(zip(x.split(batch_size), target.split(batch_size)))
-    with tqdm(total=len(kept) * len(pairs), desc="switch off", leave=False, disable=None) as bar:
-        for some, wanted in pairs:
-            latents = model.latents(model.encode(some)).unflatten(1, (model.parts, -1))  # B×N×d×h×w
-            for number, row in enumerate(kept):
-                copy = model.decoder((latents * row[:, None, None, None]).flatten(1, 2))  # B×C×H×W
-                errors[number] += float((copy - wanted).square().sum(dtype=torch.float64)) / len(x)
-                bar.update()
-    return float(errors[0]), errors[1:] - errors[0]
+    errors = np.zeros(model.parts + 1)
+    for some, wanted in zip(x.split(batch_size), target.split(batch_size)):
+        latents = model.latents(model.encode(some)).unflatten(1, (model.parts, -1))  # B×N×d×h×w
+        for part in tqdm(range(len(errors)), "switch off", leave=False, disable=None):  # the last is none of them
+            kept = latents.clone()
+            kept[:, part : part + 1] = 0
+            copy = model.decoder(kept.flatten(1, 2))  # B×C×H×W
+            errors[part] += float((copy - wanted).square().sum(dtype=torch.float64)) / len(x)
+    return float(errors[-1]), errors[:-1] - errors[-1]
 
 
 def receptive_field(network):
@@ -261,47 +248,55 @@ def receptive_field(network):
 # ---------------------------------------------------------------------------------------------------- places
 
 
+class Place(NamedTuple):
+    """Where a part is surest in an image, and how it looks there."""
+
+    facts: dict  # as parts.json has them
+    caption: str  # its probability, and the image's class
+    patch: Image.Image  # the photograph around the cell, at most LARGE pixels wide
+    framed: np.ndarray  # tile, LARGE pixels wide: what the model sees of the photograph, with a frame around the patch
+    occurs: np.ndarray  # the same tile, where the part occurs highlighted
+    photograph: str  # data URI
+
+
 class Gallery(NamedTuple):
     """A part in the images where it is surest, the surest first."""
 
     part: int
     posterior: modules.Posterior  # of these images
-    places: list  # of dicts, see open_gallery
-    patches: list  # PIL images around the surest cells, at most LARGE pixels wide
-    framed: list  # tiles of what the model sees of each photograph, LARGE pixels wide, with a frame around the patch
-    maps: list  # the same tiles, where the part occurs highlighted
-    photographs: list  # data URIs
+    places: list  # a Place in each
 
 
 @torch.no_grad()
 def open_gallery(settings, model, images, found, part, count):
-    """The Gallery of a part's `count` surest images. Boxes: left, top, right, bottom, the last two just outside."""
-    source, size = images.source, settings.size
+    """The Gallery of a part's `count` surest images."""
     numbers = found["order"][part, :count]
-    gallery = Gallery(part, model.encode(images.chosen(numbers)), *([] for _ in range(5)))
-    occurrence = gallery.posterior.occurrence[:, part].cpu().numpy()  # B×h×w
-    for number, probability in zip(numbers.tolist(), occurrence):
-        photograph = source.image(number).convert("RGB")
-        cell = np.divmod(found["cell"][number, part], model.grid)  # row, column
-        seen, box = boxes(photograph.size, size, (np.array(cell) + 0.5) * size / model.grid, settings.patch_size)
-        crop = figures.resized(photograph.crop(seen), LARGE)
-        gallery.places.append({
-            "image": number, "file": file_of(settings, source, number), "class": class_of(source, number),
-            "probability": float(found["highest"][number, part]), "cell": [int(place) for place in cell],
-            "box": box, "of": list(photograph.size),
-        })
-        frame = (np.array(box) - seen[:2] * 2) * LARGE / (seen[2] - seen[0])  # the box in the crop
-        gallery.patches.append(photograph.crop(box))
-        gallery.framed.append(figures.framed(crop, frame.tolist()))
-        gallery.maps.append(figures.highlight(crop, probability, max(SURE, found["strongest"][part])))
-        for picture, longest in ((gallery.patches[-1], LARGE), (photograph, WHOLE)):
-            picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)  # which never enlarges
-        gallery.photographs.append(as_uri(photograph))
-    return gallery
+    posterior = model.encode(images.chosen(numbers))
+    maps = posterior.occurrence[:, part].cpu().numpy()  # B×h×w
+    places = [open_place(settings, images.source, found, part, *pair) for pair in zip(numbers.tolist(), maps)]
+    return Gallery(part, posterior, places)
+
+
+def open_place(settings, source, found, part, number, probability):
+    """The Place of a part in image `number`, in whose cells it occurs with `probability`, h×w."""
+    photograph = source.image(number).convert("RGB")
+    file, name = names_of(settings, source, number)
+    row, column = divmod(int(found["cell"][number, part]), probability.shape[1])
+    centre = (row + 0.5) * settings.scale, (column + 0.5) * settings.scale
+    seen, box = boxes(photograph.size, settings.size, centre, settings.patch_size)
+    highest = float(found["highest"][number, part])
+    facts = {"image": number, "file": file, "class": name, "probability": highest, "cell": [row, column], "box": box,
+             "of": list(photograph.size)}
+    patch, tile = photograph.crop(box), figures.resized(photograph.crop(seen), LARGE)
+    frame = (np.array(box) - seen[:2] * 2) * LARGE / (seen[2] - seen[0])  # the box in the tile
+    occurs = figures.highlight(tile, probability, max(SURE, found["strongest"][part]))
+    for picture, longest in ((patch, LARGE), (photograph, WHOLE)):
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)  # which never enlarges
+    return Place(facts, f"{highest:.2f} {name or ''}", patch, framed(tile, frame.tolist()), occurs, as_uri(photograph))
 
 
 def boxes(image_size, size, centre, patch):
-    """Two boxes in a photograph of image_size (width, height), in whole pixels of it.
+    """Two boxes (left, top, right, bottom, the last two just outside) in a photograph of image_size (width, height).
 
     First what batches.resize_and_crop makes size×size pixels of. Then the square of `patch` such pixels around `centre`
     (row, column); where it would leave the photograph, it is moved inwards.
@@ -321,15 +316,10 @@ def boxes(image_size, size, centre, patch):
     return seen, [left, top, left + side, top + side]
 
 
-def file_of(settings, source, number):
-    """The file of an image as seen from the data folder; None of what is drawn or bundled."""
-    if not hasattr(source, "path"):
-        return None
-    return printable(os.path.relpath(source.path(number), settings.data_folder))
-
-
-def class_of(source, number):
-    return None if source.labels is None else source.classes[source.labels[number]]
+def names_of(settings, source, number):
+    """An image's file as seen from the data folder, and its class; None where it has none."""
+    file = printable(os.path.relpath(source.path(number), settings.data_folder)) if hasattr(source, "path") else None
+    return file, None if source.labels is None else source.classes[source.labels[number]]
 
 
 # ---------------------------------------------------------------------------------------------------- findings
@@ -344,7 +334,7 @@ def shared_places(model, found, galleries):
     for gallery in galleries:
         odds = log_odds(gallery.posterior.logits, model.occurrence.categorical)
         nearby = F.max_pool2d(odds, 3, stride=1, padding=1).cpu().numpy()  # B×N×h×w
-        there = [values[:, *place["cell"]] >= wanted for values, place in zip(nearby, gallery.places)]  # B times N
+        there = [values[:, *place.facts["cell"]] >= wanted for values, place in zip(nearby, gallery.places)]  # N
         shares.append(np.mean(there, axis=0))
     return np.array(shares)
 
@@ -352,8 +342,7 @@ def shared_places(model, found, galleries):
 def describe(found, gallery):
     """What parts.json says of a part."""
     part, highest = gallery.part, found["highest"][:, gallery.part].astype(float)
-    classes = Counter(place["class"] for place in gallery.places if place["class"] is not None)
-    unused = "does not vary" if found["variance"][part] <= ACTIVE else None
+    places = [place.facts for place in gallery.places]
     return {
         "part": part,
         "rate": float(found["rate"][part]),
@@ -362,10 +351,10 @@ def describe(found, gallery):
         "confidence": {"highest": float(highest.max()), "mean": float(highest.mean())},
         "error_rise_when_off": float(found["rises"][part]),
         "error_rise_percent": 100 * float(found["rises"][part]) / max(found["error"], 1e-9),
-        "dead": "never occurs" if found["placed"][part] < ABSENT else unused,
+        "dead": found["dead"][part],
         "near_duplicates": near_duplicates(found, part),
-        "classes_of_top_places": dict(classes.most_common()),
-        "places": gallery.places,
+        "classes_of_top_places": dict(Counter(place["class"] for place in places if place["class"]).most_common()),
+        "places": places,
     }
 
 
@@ -375,9 +364,9 @@ def near_duplicates(found, part):
     Either their maps correlate, or each of the two is in its element at half of the other's surest places: then they
     show the same to whom looks at their patches, even if one of them occurs more widely.
     """
-    shared = np.minimum(found["shared"], found["shared"].T)[part]
-    alike = found["correlation"][part]
-    is_double = ((alike >= CORRELATED) | (shared >= SHARED)) & found["lives"] & found["lives"][part]
+    shared, alike = np.minimum(found["shared"], found["shared"].T)[part], found["correlation"][part]
+    lives = np.equal(found["dead"], None)
+    is_double = ((alike >= CORRELATED) | (shared >= SHARED)) & lives & lives[part]
     is_double[part] = False
     return [
         {"part": int(other), "correlation": float(alike[other]), "shared_places": float(shared[other])}
@@ -387,14 +376,11 @@ def near_duplicates(found, part):
 
 def choose_part(parts):
     """The number of the part whose absence costs most: of those that surely occur somewhere, or else of the living."""
-    living = [part for part in parts if part["dead"] is None]
-    sure = [part for part in living if part["confidence"]["highest"] > SURE]
-    return by_contribution(sure or living or parts)[0]["part"]
+    def rank(part):
+        lives = part["dead"] is None
+        return lives, lives and part["confidence"]["highest"] > SURE, part["error_rise_when_off"]
 
-
-def by_contribution(parts):
-    """The parts whose absence costs most first."""
-    return sorted(parts, key=lambda part: -part["error_rise_when_off"])
+    return max(parts, key=rank)["part"]
 
 
 def remarks(part):
@@ -405,98 +391,125 @@ def remarks(part):
     return alike + ["sure nowhere"] * (part["confidence"]["highest"] <= SURE)
 
 
+def words_for(part):
+    """What stands beside a part: lines of words."""
+    rise, share = part["error_rise_percent"], 100 * part["sure_share"]
+    return [f"part {part['part']}", f"without it: error {rise:+.1f} %", f"sure in {share:.1f} % of images",
+            *remarks(part)]
+
+
 # ---------------------------------------------------------------------------------------------------- drawing
 
 
-def label(part):
-    """The words beside a part."""
-    costs = f"without it: error {part['error_rise_percent']:+.1f} %"
-    return [f"part {part['part']}", costs, f"sure in {100 * part['sure_share']:.1f} % of images"]
+def table(rows, heading, side=96):
+    """Rows of tiles, each `side` pixels wide, beside their words and below the lines `heading`: PIL image.
+
+    A row: its lines of words, the first in bold; its tiles or PIL images, None for a gap; a caption below each tile.
+    """
+    words = sum((words for words, *_ in rows), [""])
+    margin = 2 * BREAK + max(round(figures.font(bold=True).getlength(line)) for line in words)
+    heights = [max(side + LINE * bool(captions), LINE * len(words)) + BREAK for words, _, captions in rows]
+    width = max(sum(BREAK if tile is None else side + GAP for tile in tiles) for _, tiles, _ in rows)
+    top, font = LINE * len(heading) + BREAK, figures.font()
+    sheet, pen = figures.paper(margin + width, top + sum(heights), heading)
+    for (words, tiles, captions), height in zip(rows, heights):
+        for number, line in enumerate(words):
+            pen.text((BREAK, top + LINE * number), line, FAINT if number else INK, figures.font(bold=not number))
+        left = margin
+        for tile, text in itertools.zip_longest(tiles, captions, fillvalue=""):
+            while font.getlength(text) > side:
+                text = text[:-2] + "…"
+            if tile is not None:
+                sheet.paste(Image.fromarray(figures.resized(tile, side)), (left, top))
+                pen.text((left, top + side + 1), text, INK, font)
+            left += BREAK if tile is None else side + GAP
+        top += height
+    return sheet
 
 
-def captions(gallery):
-    """The probability in the surest cell, and the image's class."""
-    return [f"{place['probability']:.2f} {place['class'] or ''}" for place in gallery.places]
-
-
-def which(shown, parts):
-    some = f"the {len(shown)} of {parts}" if len(shown) < parts else "all"
-    return f"Shown are {some} parts, those first whose absence costs most."
+def framed(tile, box):
+    """The tile with a frame around `box`: left, top, right, bottom in pixels, the last two just outside."""
+    picture = Image.fromarray(tile)
+    left, top, right, bottom = box
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle([left - 1, top - 1, right, bottom], outline=INK)  # seen on yellow, too
+    pen.rectangle([left, top, max(left, right - 1), max(top, bottom - 1)], outline=FRAME, width=2)
+    return np.asarray(picture)
 
 
 def draw_parts(findings, shown):
     """The patches of each part in `shown`, a list of pairs: what describe() says of it, and its Gallery."""
-    rows = [Row(label(part), gallery.patches, captions(gallery), remarks(part)) for part, gallery in shown]
+    rows = []
+    for part, (_, _, places) in shown:
+        rows.append((words_for(part), [place.patch for place in places], [place.caption for place in places]))
     where = f"{findings['images']:,} images of {findings['dataset']} ({findings['split']})"
     heading = f"Where each part is surest in {where}, one place in an image; below it the part's probability there. "
-    return table(rows, [heading + which(shown, len(findings['parts']))])
+    return table(rows, [heading + ORDER.format(len(shown), len(findings["parts"]))])
 
 
 def draw_illustration(gallery, strongest, patches):
     """Images, where the part occurs in them, and the same part in other images."""
+    images, others = gallery.places[:COLUMNS], gallery.places[COLUMNS : COLUMNS + patches]
     where = ["where it occurs", f"in colour: {max(SURE, strongest):.2f}", "line: above one half"]
-    images = [f"part {gallery.part}", "frame: its surest place"]
-    rows = [Row(images, gallery.framed[:COLUMNS]), Row(where, gallery.maps[:COLUMNS])]
-    for first in range(COLUMNS, min(COLUMNS + patches, len(gallery.places)), COLUMNS):
-        some = slice(first, min(first + COLUMNS, COLUMNS + patches))
-        words = ["the same part", "in other images"] if first == COLUMNS else []
-        rows.append(Row(words, gallery.patches[some], captions(gallery)[some]))
+    rows = [
+        ([f"part {gallery.part}", "frame: its surest place"], [place.framed for place in images], []),
+        (where, [place.occurs for place in images], []),
+    ]
+    for first in range(0, len(others), COLUMNS):
+        some = others[first : first + COLUMNS]
+        words = [] if first else ["the same part", "in other images"]
+        rows.append((words, [place.patch for place in some], [place.caption for place in some]))
     return table(rows, [f"Part {gallery.part} in the images where it is surest, and in others."], LARGE)
 
 
 def draw_swap(model, images, gallery, direction):
     """The part's appearance in images B put into images A, both among its surest, and unlike in `direction`."""
     part, posterior = gallery.part, gallery.posterior
-    appearance = posterior.mean[: 2 * COLUMNS, part].cpu().numpy()  # B×d
-    order = np.argsort(appearance @ direction, kind="stable")
+    appearance = posterior.mean[: 2 * COLUMNS, part]  # B×d
+    order = np.argsort(appearance.cpu().numpy() @ direction, kind="stable")
     half = max(1, len(order) // 2)
     a, b = order[:half], order[-half:]
-    mine, other = (modules.Posterior(*(values[some] for values in posterior)) for some in (a, b))
-    before, after = (decoded(model, images, each) for each in (mine, swapped(mine, other, part)))
+    before, after = (decoded(model, images, changed(posterior, a, part, appearance[some])) for some in (a, b))
     changes = np.abs(after.astype(float) - before).mean(axis=3) / 255  # B×H×W
     most = max(1e-9, changes.max())
+    of_a, of_b = ([gallery.places[place] for place in some] for some in (a, b))
     rows = [
-        Row(["images A", f"frame: part {part}"], [gallery.framed[place] for place in a]),
-        Row(["images B", f"frame: part {part}"], [gallery.framed[place] for place in b]),
-        Row(["A, reconstructed"], list(before)),
-        Row(["the same with the", f"appearance of part {part}", "in B"], list(after)),
-        Row(["the difference", f"yellow: {100 * most:.0f} % of white"],
-            [figures.lay_over(tile, change / most) for tile, change in zip(before, changes)]),
-        Row([f"where part {part} occurs", "in A"], [gallery.maps[place] for place in a]),
+        (["images A", f"frame: part {part}"], [place.framed for place in of_a], []),
+        (["images B", f"frame: part {part}"], [place.framed for place in of_b], []),
+        (["A, reconstructed"], list(before), []),
+        (["the same with the", f"appearance of part {part}", "in B"], list(after), []),
+        (["the difference", f"yellow: {100 * most:.0f} % of white"],
+         [figures.lay_over(tile, change / most) for tile, change in zip(before, changes)], []),
+        ([f"where part {part} occurs", "in A"], [place.occurs for place in of_a], []),
     ]
     heading = f"Part {part} takes the appearance that it has in B and keeps its places in A; all other parts stay."
     return table(rows, [heading], LARGE)
 
 
-def swapped(mine, other, part):
-    """The Posterior `mine`, with the appearance that `part` has in `other`."""
-    mean = mine.mean.clone()  # B×N×d
-    mean[:, part] = other.mean[:, part]
-    return mine._replace(mean=mean)
-
-
 def draw_traversal(model, images, found, shown):
     """For each part in `shown`: its surest image, decoded with the part's appearance moved."""
-    directions, rows = range(min(DIRECTIONS, model.appearance_size)), []
+    rows, directions = [], range(min(DIRECTIONS, model.appearance_size))
     words = ["", *("as it is" if step == 0 else f"{step:+g} sd" for step in STEPS)]
-    for part, gallery in shown:
-        tiles = [gallery.framed[0], gallery.maps[0]]
+    for facts, (part, posterior, (place, *_)) in shown:
+        tiles = [place.framed, place.occurs]
         for direction in directions:
-            vector, deviation = (found[name][gallery.part, direction] for name in ("directions", "deviations"))
-            tiles += [None, *decoded(model, images, moved(gallery.posterior, gallery.part, deviation * vector))]
-        rows.append(Row(label(part), tiles, ["image", "where", *words * len(directions)], remarks(part)))
+            deviation = found["deviations"][part, direction] * found["directions"][part, direction]  # d
+            steps = torch.tensor(np.outer(STEPS, deviation)).to(posterior.mean)
+            moved = changed(posterior, [0] * len(STEPS), part, posterior.mean[0, part] + steps)
+            tiles += [None, *decoded(model, images, moved)]
+        rows.append((words_for(facts), tiles, ["image", "where", *words * len(directions)]))
     heading = [
         "Each part in the image where it is surest; its appearance is moved along the directions in which it varies",
         "most over all images, the strongest left, in standard deviations (sd). Its places and all other parts stay.",
     ]
-    return table(rows, [*heading, which(shown, model.parts)])
+    return table(rows, [*heading, ORDER.format(len(shown), model.parts)])
 
 
-def moved(posterior, part, deviation):
-    """The first image of a Posterior, with the appearance of `part` moved by STEPS times `deviation`: a Posterior."""
-    first = modules.Posterior(*(values[:1].repeat_interleave(len(STEPS), dim=0) for values in posterior))
-    first.mean[:, part] += torch.tensor(np.outer(STEPS, deviation)).to(first.mean)
-    return first
+def changed(posterior, images, part, appearance):
+    """The Posterior of some of its images, B positions, where `part` has another appearance, B×d; all else stays."""
+    some = modules.Posterior(*(values[images] for values in posterior))  # copies
+    some.mean[:, part] = appearance
+    return some
 
 
 @torch.no_grad()
@@ -517,8 +530,8 @@ def write(folder, pictures, findings, page, listing):
         for name, picture in pictures.items():
             figures.save(picture, folder / f"{name}.png")
             board.add_image(name, np.asarray(picture), dataformats="HWC")
-    runtime.write(folder / "parts.html", lambda file: file.write(page.encode()))
-    runtime.write(folder / "parts.csv", lambda file: file.write(listing.encode()))
+    for name, text in (("parts.html", page), ("parts.csv", listing)):
+        runtime.write(folder / name, lambda file, text=text: file.write(text.encode()))
     runtime.write_json(folder / "parts.json", findings)
 
 
@@ -528,21 +541,20 @@ def list_images(settings, source, found):
     lines = csv.writer(text)
     lines.writerow(["image", "class", *(f"part {part}" for part in range(settings.num_parts))])
     for number, values in enumerate(found["highest"]):
-        name = file_of(settings, source, number) or number
-        lines.writerow([name, class_of(source, number), *(f"{value:.4f}" for value in values)])
+        file, name = names_of(settings, source, number)
+        lines.writerow([file or number, name, *(f"{value:.4f}" for value in values)])
     return text.getvalue()
 
 
 def draw_page(findings, pairs):
     """parts.html as str: all that it shows is in it."""
-    photographs, rows = {}, []
-    for part, gallery in pairs:
-        places = zip(gallery.places, map(as_uri, gallery.patches), map(as_uri, gallery.maps))
-        rows.append((part, list(places), remarks(part)))
-        photographs |= zip((place["image"] for place in gallery.places), gallery.photographs)
+    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    pages.filters["uri"] = as_uri
+    rows = [(part, gallery.places, remarks(part)) for part, gallery in pairs]
+    photographs = {place.facts["image"]: place.photograph for _, gallery in pairs for place in gallery.places}
     most = max(0.1, *(part["error_rise_percent"] for part, _ in pairs))
-    page = jinja2.Environment(autoescape=True).from_string(PAGE)
-    return page.render(findings, rows=rows, photographs=photographs, most=most, sees=sees(findings))
+    words = {"rows": rows, "photographs": photographs, "most": most, "sees": sees(findings)}
+    return pages.get_template("parts.html").render(findings, **words)
 
 
 def as_uri(tile):
@@ -571,69 +583,6 @@ def say(findings, number, folder):
     print(f"part {number} is in illustration.png and swap.png: without it the reconstruction error {rise}")
     print(sees(findings))
     print(f"open {place} in a browser; pictures, parts.csv and parts.json are beside it")
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ parts | length }} parts in {{ images }} images</title>
-<style>
-  body { font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #222; background: #f4f4f2; margin: 0 auto;
-         max-width: 1300px; padding: 1.5rem }
-  h1, h2 { font-size: 1.2rem; margin: 0 } h1 { font-size: 1.6rem } p { margin: .4rem 0; max-width: 60rem; color: #555 }
-  section { background: white; border-radius: 9px; padding: 1rem 1.2rem; margin: 1rem 0; box-shadow: 0 1px 3px #0002 }
-  header { display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: center; color: #555 } h2 { color: #222 }
-  .bar { width: 120px; height: 8px; border-radius: 4px; background: linear-gradient(#d61, #d61) no-repeat #e8e8e4 }
-  .remark { background: #fbe9e7; color: #a02020; border-radius: 99px; padding: 0 .6rem }
-  .places { display: grid; grid-template-columns: repeat(auto-fill, minmax(94px, 1fr)); gap: .6rem; margin-top: .8rem }
-  button { all: unset; cursor: zoom-in; min-width: 0; font-size: 12px; line-height: 1.35 }
-  button:focus-visible { outline: 3px solid #d6671b } button:hover img { filter: brightness(1.1) }
-  button img { width: 100%; aspect-ratio: 1; border-radius: 4px; display: block; margin-bottom: 3px }
-  button span { display: block; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; color: #777 }
-  button b { color: #222 }
-  dialog { border: 0; border-radius: 10px; padding: 1rem 1.2rem } dialog::backdrop { background: #000a }
-  .pair { display: flex; gap: 1rem; flex-wrap: wrap } .pair img { height: min(55vh, 440px); display: block }
-  .pair div { position: relative } #frame { position: absolute; box-sizing: border-box; border: 3px solid #ffd200;
-  outline: 1px solid #222 } img[src^="data:image/png"] { image-rendering: pixelated }
-</style>
-<h1>{{ parts | length }} parts in {{ "{:,}".format(images) }} images</h1>
-<p>Data: {{ dataset }}, {{ split }}. Each part is shown where the model is surest of it, one place in an image, the
-surest first. The number is the probability that the part occurs there; {{ sees }}. Click a patch to see the
-whole image.</p>
-<p>The parts whose absence costs most come first: the bar shows how the reconstruction error rises without them.</p>
-{% for part, places, remarks in rows %}
-<section id="part-{{ part.part }}"><header><h2>part {{ part.part }}</h2>
-  <div class="bar" style="background-size: {{ [0, 100 * part.error_rise_percent / most] | max }}% 100%"></div>
-  <span>without it the error rises by {{ part.error_rise_percent | round(1) }} %</span>
-  <span>sure in {{ (100 * part.sure_share) | round(1) }} % of the images</span>
-  {% for name, count in part.classes_of_top_places.items() %}<span>{{ name }} {{ count }}</span>{% endfor %}
-  {% for remark in remarks %}<span class="remark">{{ remark }}</span>{% endfor %}</header>
-  <div class="places">{% for place, patch, occurs in places %}{% set name = place.file or "image %s" % place.image %}
-    <button data-photograph="{{ place.image }}" data-occurs="{{ occurs }}" data-frame="
-      left: {{ 100 * place.box[0] / place.of[0] }}%; width: {{ 100 * (place.box[2] - place.box[0]) / place.of[0] }}%;
-      top: {{ 100 * place.box[1] / place.of[1] }}%; height: {{ 100 * (place.box[3] - place.box[1]) / place.of[1] }}%"
-      title="part {{ part.part }} in {{ name }}"><img src="{{ patch }}" alt="">
-      <span><b>{{ "%.2f" | format(place.probability) }}</b> {{ place["class"] or "" }}</span>
-      <span>{{ name.split("/")[-1] }}</span></button>{% endfor %}
-  </div></section>
-{% endfor %}
-<dialog><p id="words"></p>
-  <div class="pair"><div><img id="whole" alt="the photograph"><i id="frame"></i></div>
-    <div><img id="occurs" alt="where the part occurs"></div></div>
-  <p>Left the whole image, right what the model sees of it: there it keeps its colours where the part occurs; the line
-  encloses what is above one half.</p></dialog>
-<script>
-  const photographs = {{ photographs | tojson }}, at = (id) => document.getElementById(id);
-  const dialog = document.querySelector("dialog");
-  dialog.onclick = () => dialog.close();
-  for (const button of document.querySelectorAll("button")) button.onclick = () => {
-    at("whole").src = photographs[button.dataset.photograph];
-    at("occurs").src = button.dataset.occurs;
-    at("frame").style = button.dataset.frame;
-    at("words").textContent = button.title;
-    dialog.showModal();
-  };
-</script></html>
-"""
 
 
 if __name__ == "__main__":

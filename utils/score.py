@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
+from sklearn import metrics
 from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score, average_precision_score, normalized_mutual_info_score, roc_curve
 from torchvision.transforms import InterpolationMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,19 +37,22 @@ from utils import batches, options, runtime, shapes, trained
 from utils.runtime import RunError, UsageError
 
 # Letters: B images, N parts, L labels, M locations (cells or pixels); maps, M×N: how surely each part occurs there.
-MASK = "mask"  # what image files are labelled with; drawn images with the following, of which label 0 is the ground
-CLASSES = {"geometry": len(shapes.GEOMETRY), "kind": 1 + len(shapes.KINDS)}
-CLASSES |= {"colour": 1 + len(shapes.COLOURS), "figure": 2}
+MASK = "mask"  # what is labelled of image files
+# What is labelled of drawn images, and how many labels there are; label 0 is the ground.
+CLASSES = {"geometry": 12, "kind": 1 + len(shapes.KINDS), "colour": 1 + len(shapes.COLOURS), "figure": 2}
+GROUND, INTERIOR, EDGE, CORNER, ARC = 0, 1, 2, 10, 11  # local geometry; 2 to 9: edges, turned by 22.5 degrees each
 CLEAR = 0.75  # a cell of an image file is scored if one label covers this share of its pixels
 BATCH = 100  # images at a time; as many take part in the swap test
 PATCHES = 20_000  # at most, that k-means is fitted to
 PIXEL_IMAGES = 250  # test images that are scored at full resolution: a million pixels at 64 px
 SUREST = 50  # locations of a part that purity looks at
 MODEL, RANDOM, RAW, CONTRAST = "PatchVAE", "random weights", "k-means raw", "k-means contrast"
-GEOMETRY = ("nmi", "boundary_nmi", "pixel_nmi", "ari", "fg_nmi", "fg_ari", "bg_nmi", "miou_matched", "miou_voted", "ap")
-PRINTED = [(MASK, f"{prefix}{figure}") for prefix in ("", "pixel_") for figure in ("nmi", "ari", "miou_matched")]
-PRINTED += [("geometry", figure) for figure in (*GEOMETRY, "ap_gain", f"purity_at_{SUREST}")]
-PRINTED += [("kind", "fg_nmi"), ("colour", "fg_nmi"), ("swap", "inside"), ("swap", "outside")]
+PRINTED = {
+    MASK: ("nmi", "ari", "miou_matched", "pixel_nmi", "pixel_ari", "pixel_miou_matched"),
+    "geometry": ("nmi", "boundary_nmi", "pixel_nmi", "ari", "fg_nmi", "fg_ari", "bg_nmi", "miou_matched", "miou_voted",
+                 "ap", "ap_gain", f"purity_at_{SUREST}"),
+    "kind": ("fg_nmi",), "colour": ("fg_nmi",), "swap": ("inside", "outside"),
+}
 
 
 class Labelled(NamedTuple):
@@ -72,13 +75,12 @@ def main(argv=None):
     train, test = (label_images(*pair, settings) for pair in zip(opened, labels))
     torch.manual_seed(settings.seed)
     models = {MODEL: model, RANDOM: modules.build_model(options.describe_model(settings)).to(device).eval()}
-    detectors = {name: lambda x, model=model: model.encode(x).occurrence for name, model in models.items()}
-    clusters = {name: best_clusters(train, name == CONTRAST, settings) for name in (RAW, CONTRAST)}
-    detectors |= {name: detect for name, (detect, _) in clusters.items()}
-    protocol = describe(settings, train, test, classes)
-    protocol["patches"] = ", ".join(f"{name} {width * settings.scale} px" for name, (_, width) in clusters.items())
+    clusters = {name: cluster(train, test, name == CONTRAST, settings) for name in (RAW, CONTRAST)}
+    protocol = describe(settings, train, test, classes, {name: width for name, (_, width) in clusters.items()})
     print("\n".join(f"{name}: {text}" for name, text in protocol.items()))
-    scores = score_all(detectors, train, test, classes, settings.seed)
+    maps = {name: [occurrence(found, split.images) for split in (train, test)] for name, found in models.items()}
+    maps |= {name: found for name, (found, _) in clusters.items()}
+    scores = score_all(maps, train, test, classes, settings.seed)
     for name, found in models.items():
         scores[name]["swap"] = swap_test(found, test.images[:BATCH], settings.scale)
     print("", *in_words(scores), "", sep="\n")
@@ -106,31 +108,72 @@ def build_parser():
 
 def open_sources(settings):
     """The image sources to fit on and to score on. Raises an error where there are no parts, or no truth about them."""
+    name, masks, chosen = settings.dataset, settings.masks, []
     if settings.arch != "patchy":
         raise RunError(f"{settings.pretrained} has no parts (--arch {settings.arch}); give a model of --arch patchy")
-    name, chosen = settings.dataset, []
+    if settings.ignore and not masks:
+        raise UsageError("--ignore names labels of --masks; give both, or drop it")
     for split, count in (("unlabelled", settings.train_images), ("test", settings.test_images)):
         source = open_split(name, settings.data_folder, split, settings.size)
-        if settings.masks and not hasattr(source, "path"):
+        if masks and not hasattr(source, "path"):
             raise UsageError(f"--masks belongs to image files, --dataset {name} has none; use --dataset folder")
-        if not settings.masks and not hasattr(source, "pixel_labels"):
+        if not masks and not hasattr(source, "scene"):
             raise UsageError(f"--dataset {name} does not know its pixels; use shapes or binshapes, or give --masks")
         # Neighbouring files are often of one scene, drawn images are not.
-        order = np.random.default_rng(0).permutation(len(source)) if settings.masks else np.arange(len(source))
+        order = np.random.default_rng(0).permutation(len(source)) if masks else np.arange(len(source))
         chosen.append(source.subset(order[:count]))
-    if settings.ignore and not settings.masks:
-        raise UsageError("--ignore names labels of --masks; give both, or drop it")
     return chosen
+
+
+# ---------------------------------------------------------------------------------------------------- labels
 
 
 def draw_labels(settings, sources):
     """Labels of drawn images, a dict of B×H×W for each source; the number of classes of what is scored, a dict."""
-    labels = []
+    labels, classes = [], dict(CLASSES)
     for source in sources:
-        truths = [source.pixel_labels(index) for index in range(len(source))]
-        labels.append({name: np.stack([truth[name] for truth in truths]) for name in ("geometry", "kind", "colour")})
-        labels[-1]["figure"] = np.stack([np.minimum(truth["instance"], 1) for truth in truths])
-    return labels, {name: count for name, count in CLASSES.items() if name != "colour" or sources[0].channels == 3}
+        truths = [label_pixels(source.scene(index), source.size) for index in range(len(source))]
+        labels.append({name: np.stack([truth[name] for truth in truths]) for name in classes})
+    if sources[0].channels == 1:
+        del classes["colour"]
+    return labels, classes
+
+
+def label_pixels(scene, size):
+    """The truth about each pixel of a shapes.Scene: a dict of size×size int arrays, see CLASSES."""
+    owner = scene.owner(size)  # 0, or 1, 2, 3: which figure
+    kind = np.array([0, *(1 + shapes.KINDS.index(figure.kind) for figure in scene.figures)])
+    colour = np.array([0, *(1 + figure.hue for figure in scene.figures)])
+    known = {"kind": kind[owner], "colour": colour[owner], "figure": np.minimum(owner, 1)}
+    return {"geometry": label_geometry(scene, size), **known}
+
+
+def label_geometry(scene, size, width=1 / 32):
+    """Ground, interior, and, within `width` (a share of the side) of a visible outline, the kind of outline: H×W."""
+    centres = (np.arange(size) + 0.5) / size
+    points = np.stack(np.meshgrid(centres, centres), axis=-1)  # H×W×(x, y)
+    geometry = np.full((size, size), GROUND)
+    for figure in scene.figures:  # a higher figure hides the outlines below it
+        geometry[figure.coverage(size) >= 128] = INTERIOR
+        distance, outline = outline_of(figure, points, corner_radius=1.5 * width)
+        geometry = np.where(distance <= width, outline, geometry)
+    return geometry
+
+
+def outline_of(figure, points, corner_radius):
+    """How far points, H×W×2, are from a figure's outline, and what the outline is there: H×W floats, H×W labels."""
+    if figure.kind == "circle":
+        distance = np.abs(np.linalg.norm(points - [figure.x, figure.y], axis=-1) - figure.reach)
+        return distance, np.full(distance.shape, ARC)
+    corners = figure.corners()  # k×2
+    sides = np.roll(corners, -1, axis=0) - corners  # k×2, from each corner to the next
+    offsets = points[:, :, None] - corners  # H×W×k×2
+    along = np.clip((offsets * sides).sum(axis=-1) / np.square(sides).sum(axis=-1), 0, 1)  # H×W×k, 0 at the corner
+    distances = np.linalg.norm(offsets - along[..., None] * sides, axis=-1)  # H×W×k
+    degrees = np.degrees(np.arctan2(sides[:, 1], sides[:, 0])) % 180
+    edges = EDGE + np.round(degrees / 22.5).astype(int) % 8
+    is_corner = np.linalg.norm(offsets, axis=-1).min(axis=-1) <= corner_radius
+    return distances.min(axis=-1), np.where(is_corner, CORNER, edges[distances.argmin(axis=-1)])
 
 
 def read_masks(settings, sources):
@@ -175,103 +218,108 @@ def label_images(opened, labels, settings):
 def majority(labels, cell):
     """The commonest label of every cell, the lowest of equals, and its share of the pixels: B×H×W -> B×h×w twice."""
     cells = labels.reshape(len(labels), -1, cell, labels.shape[2] // cell, cell)
-    classes = range(max(labels.max(), 0) + 1)
-    counts = np.stack([(cells == label).sum(axis=(2, 4)) for label in classes])  # L×B×h×w
+    counts = np.stack([(cells == label).sum(axis=(2, 4)) for label in range(max(labels.max(), 0) + 1)])  # L×B×h×w
     return counts.argmax(axis=0), counts.max(axis=0) / cell**2
 
 
-def describe(settings, train, test, classes):
-    """What was done, in words: a dict of str."""
+def describe(settings, train, test, classes, widths):
+    """What was done, in words: a dict of str. `widths`: of the patches of each k-means, in cells."""
     cell, rule = settings.scale, "label of a cell: its commonest"
     if settings.masks:
-        rule = f"{classes[MASK]} labels, ignored: {' '.join(map(str, settings.ignore or ['-']))}; scored: "
-        rule += f"cells with at least {CLEAR * cell**2:g} of {cell**2} pixels of one label, "
-        rule += f"{test.scored.sum():,} of {test.scored.size:,}"
+        rule = (f"{classes[MASK]} labels, ignored: {' '.join(map(str, settings.ignore or ['-']))}; scored: "
+                f"cells with at least {CLEAR * cell**2:g} of {cell**2} pixels of one label, "
+                f"{test.scored.sum():,} of {test.scored.size:,}")
     return {
         "model": f"{settings.pretrained}, {settings.num_parts} parts (K) of size {settings.hidden_size}",
         "data": f"{settings.dataset}, {settings.size} px, cells of {cell} px; {rule}",
         "protocol": f"fitted on {len(train.images):,} training images, scored on {len(test.images):,} test images "
         f"(pixels: {min(PIXEL_IMAGES, len(test.images))}), seed {settings.seed}; the part of a cell: the strongest",
+        "patches": ", ".join(f"{name} {width * cell} px" for name, width in widths.items()),
     }
 
 
-def detect_all(detect, x):
-    """The maps of many images by a detector, on the CPU: B×C×H×W -> B×N×h×w."""
-    return torch.cat([detect(part).float().cpu() for part in x.split(BATCH)])
+# ---------------------------------------------------------------------------------------------------- maps
 
 
-def contrast_normalised(patches):
-    """Patches less their channel means, divided by their norm; flat ones become 0: M×C×P -> M×C×P."""
-    patches = patches - patches[..., :1]  # first, so that a flat patch gives exactly 0
-    patches = patches - patches.mean(dim=2, keepdim=True)
-    norm = patches.square().sum(dim=(1, 2), keepdim=True).sqrt()
-    return patches / torch.where(norm > 0, norm, 1)
+def occurrence(model, images):
+    """Where the parts of a model occur: B×C×H×W -> B×N×h×w on the CPU."""
+    return torch.cat([model.encode(x).occurrence.float().cpu() for x in images.split(BATCH)])
+
+
+def cluster(train, test, contrast, settings):
+    """Maps B×K×h×w of training and of test images: how close patches are to the K centres of a k-means.
+
+    Returned with the patches' width in cells: with --masks that which agrees best with labels of training images.
+    """
+    found, cell, truth = {}, settings.scale, next(iter(train.cells.values()))[train.scored]
+    chosen = np.random.default_rng(settings.seed).permutation(train.scored.size)[:PATCHES]
+    for width in (1, 2, 3) if settings.masks else (1,):
+        centres = KMeans(settings.num_parts, n_init=3, random_state=settings.seed)
+        centres.fit(patches(train.images, cell, width, contrast, chosen))
+        maps = closeness(centres, train.images, cell, width, contrast)
+        found[agreement(maps.argmax(dim=1).numpy()[train.scored], truth)["nmi"]] = maps, centres, width
+    maps, centres, width = found[max(found)]
+    return [maps, closeness(centres, test.images, cell, width, contrast)], width
+
+
+def closeness(centres, images, cell, width, contrast):
+    """How close all patches are to each centre of a fitted KMeans: B×C×H×W -> B×K×h×w."""
+    distances = [centres.transform(patches(x, cell, width, contrast)) for x in images.split(BATCH)]  # (B·h·w)×K
+    grid = images.shape[-1] // cell
+    return -torch.from_numpy(np.concatenate(distances)).unflatten(0, (-1, grid, grid)).movedim(-1, 1)
 
 
 def patches(x, cell, width, contrast, chosen=None):
-    """Patches of `width` cells a side around all cells or those `chosen`, borders repeated: B×C×H×W -> M×(C·P)."""
+    """Patches of `width` cells a side around all cells or those `chosen`, borders repeated: B×C×H×W -> M×(C·P).
+
+    `contrast`: less their channel means, and divided by their norm; flat ones become 0.
+    """
     side, rim = width * cell, (width - 1) * cell // 2
     views = F.pad(x.cpu(), [rim] * 4, mode="replicate").unfold(2, side, cell).unfold(3, side, cell)
     views = views.permute(0, 2, 3, 1, 4, 5)  # B×h×w×C×side×side, no copy
     found = views.flatten(0, 2) if chosen is None else views[np.unravel_index(chosen, views.shape[:3])]
     found = found.flatten(2)  # M×C×P
-    return (contrast_normalised(found) if contrast else found).flatten(1).numpy()
+    if contrast:
+        found = found - found[..., :1]  # first, so that a flat patch gives exactly 0
+        found = found - found.mean(dim=2, keepdim=True)
+        norm = found.square().sum(dim=(1, 2), keepdim=True).sqrt()
+        found = found / torch.where(norm > 0, norm, 1)
+    return found.flatten(1).numpy()
 
 
-def fit_clusters(x, clusters, cell, width, contrast, seed):
-    """k-means on patches of x, B×C×H×W, as a detector: images -> closeness to each centre, B×K×h×w."""
-    grid = x.shape[-1] // cell
-    chosen = np.random.default_rng(seed).permutation(len(x) * grid**2)[:PATCHES]
-    centres = KMeans(clusters, n_init=3, random_state=seed).fit(patches(x, cell, width, contrast, chosen))
-
-    def detect(x):
-        distance = torch.from_numpy(centres.transform(patches(x, cell, width, contrast)))  # (B·h·w)×K
-        return -distance.unflatten(0, (len(x), grid, grid)).movedim(-1, 1)
-
-    return detect
-
-
-def best_clusters(train, contrast, settings):
-    """k-means as a detector, and its patches' width in cells: with masks that of the best NMI on training images."""
-    found, truth = {}, next(iter(train.cells.values()))[train.scored]
-    for width in (1, 2, 3) if settings.masks else (1,):
-        detect = fit_clusters(train.images, settings.num_parts, settings.scale, width, contrast, settings.seed)
-        closest = detect_all(detect, train.images).argmax(dim=1).numpy()[train.scored]
-        found[agreement(closest, truth)["nmi"]] = detect, width
-    return found[max(found)]
+# ---------------------------------------------------------------------------------------------------- figures
 
 
 def agreement(found, labels, prefix=""):
     """NMI (arithmetic mean) and adjusted Rand index of two labellings; None each where the labels do not differ."""
-    measures = {f"{prefix}nmi": normalized_mutual_info_score, f"{prefix}ari": adjusted_rand_score}
     differ = len(np.unique(labels)) > 1
-    return {name: float(measure(labels, found)) if differ else None for name, measure in measures.items()}
+    return {f"{prefix}nmi": float(metrics.normalized_mutual_info_score(labels, found)) if differ else None,
+            f"{prefix}ari": float(metrics.adjusted_rand_score(labels, found)) if differ else None}
 
 
-def contingency(found, labels, parts, classes):
-    """How often each part meets each label: M and M whole numbers -> N×L counts."""
-    return np.bincount(found * classes + labels, minlength=parts * classes).reshape(parts, classes)
+def strongest(found, labels, fitted, has_ground, prefix=""):
+    """Figures of the strongest parts, M, against labels, M: a dict. `fg_…`: without the ground, label 0.
 
-
-def overlap(table):
-    """Intersection over union of every row with every column of a table of counts; 0 where both are empty."""
-    return table / np.maximum(table.sum(axis=1, keepdims=True) + table.sum(axis=0) - table, 1)
-
-
-def mean_overlap(fitted, table, prefix=""):
-    """Mean IoU in `table`, N×L, of labels with the part matched to each, and with all that vote for it, in `fitted`."""
-    parts, labels = linear_sum_assignment(overlap(fitted), maximize=True)
-    matched, votes = np.zeros(table.shape[1]), np.zeros((table.shape[1], table.shape[1]), int)
-    matched[labels] = overlap(table)[parts, labels]
-    np.add.at(votes, fitted.argmax(axis=1), table)
-    found = {"miou_matched": matched, "miou_voted": np.diag(overlap(votes))}
-    return {f"{prefix}{name}": float(iou[table.any(axis=0)].mean()) for name, iou in found.items()}
+    `fitted`, N×L, says how often each part meets each label in training. Mean IoU is of labels with the part that is
+    matched to each there, and with all parts that vote for it.
+    """
+    figures = agreement(found, labels, prefix)
+    if has_ground:
+        figures |= agreement(found[labels > 0], labels[labels > 0], f"{prefix}fg_")
+    union = fitted.sum(axis=1, keepdims=True) + fitted.sum(axis=0) - fitted
+    parts, names = linear_sum_assignment(fitted / np.maximum(union, 1), maximize=True)
+    matched = np.full(len(fitted), -1)  # the label of each part
+    matched[parts] = names
+    for how, label_of in (("matched", matched), ("voted", fitted.argmax(axis=1))):
+        iou = metrics.jaccard_score(labels, label_of[found], labels=np.unique(labels), average="macro")
+        figures[f"{prefix}miou_{how}"] = float(iou)
+    return figures
 
 
 def precision(scores, where):
     """Average precision of scores M as a detector of M booleans, and how far it is above chance, where 1 is perfect."""
     chance = where.mean()
-    found = float(average_precision_score(where, scores)) if chance > 0 else 0.0
+    found = float(metrics.average_precision_score(where, scores)) if chance > 0 else 0.0
     return found, (found - chance) / (1 - chance) if 0 < chance < 1 else 0.0
 
 
@@ -293,16 +341,8 @@ def ground_threshold(maps, labels):
     """The strength of the strongest part that best tells figure from ground: the largest hit rate less false alarms."""
     if labels.min() > 0 or labels.max() == 0:
         return float(maps.min())
-    false_alarms, hits, thresholds = roc_curve(labels > 0, maps.max(axis=1))
+    false_alarms, hits, thresholds = metrics.roc_curve(labels > 0, maps.max(axis=1))
     return float(thresholds[1:][np.argmax((hits - false_alarms)[1:])])  # the first is infinite
-
-
-def strongest(found, labels, fitted, has_ground, prefix=""):
-    """Figures of the strongest parts, M, against labels, M: a dict. `fg_…`: without the ground, label 0."""
-    figures = agreement(found, labels, prefix)
-    if has_ground:
-        figures |= agreement(found[labels > 0], labels[labels > 0], f"{prefix}fg_")
-    return figures | mean_overlap(fitted, contingency(found, labels, *fitted.shape), prefix)
 
 
 def score(name, train_maps, test_maps, train, test, classes):
@@ -310,7 +350,8 @@ def score(name, train_maps, test_maps, train, test, classes):
     fitting = train_maps.movedim(1, -1).numpy()[train.scored], train.cells[name][train.scored]
     maps, labels = test_maps.movedim(1, -1).numpy()[test.scored], test.cells[name][test.scored]
     found, has_ground = maps.argmax(axis=1), name != MASK
-    fitted = contingency(fitting[0].argmax(axis=1), fitting[1], maps.shape[1], classes)
+    fitted = np.zeros((maps.shape[1], classes), int)
+    np.add.at(fitted, (fitting[0].argmax(axis=1), fitting[1]), 1)
     figures = strongest(found, labels, fitted, has_ground)
     figures |= detection(*fitting, maps, labels, classes)
     figures[f"purity_at_{SUREST}"] = purity(maps, labels)
@@ -318,7 +359,7 @@ def score(name, train_maps, test_maps, train, test, classes):
         is_sure = maps.max(axis=1) >= ground_threshold(*fitting)
         figures |= agreement(np.where(is_sure, found + 1, 0), labels, "bg_")
     if name == "geometry":
-        figures |= agreement(found[labels >= shapes.EDGE], labels[labels >= shapes.EDGE], "boundary_")
+        figures |= agreement(found[labels >= EDGE], labels[labels >= EDGE], "boundary_")
     size, pixels = test.images.shape[-2:], test.pixels[name]
     parts = test_maps[:PIXEL_IMAGES].split(BATCH)
     found = torch.cat([F.interpolate(part, size=size, mode="bilinear").argmax(dim=1) for part in parts]).numpy()
@@ -328,28 +369,23 @@ def score(name, train_maps, test_maps, train, test, classes):
 def shuffled(images, seed):
     """The same images, all labels in random order."""
     mix = np.random.default_rng(seed).permuted
-    cells = {name: mix(labels.ravel()).reshape(labels.shape) for name, labels in images.cells.items()}
-    pixels = {name: mix(labels.ravel()).reshape(labels.shape) for name, labels in images.pixels.items()}
+    cells, pixels = ({name: mix(labels) for name, labels in truth.items()} for truth in (images.cells, images.pixels))
     return images._replace(cells=cells, pixels=pixels)
 
 
-def score_all(detectors, train, test, classes, seed):
-    """Scores by the name of a detector and of what is labelled; also of shuffled labels and of the ceiling."""
-    scores, mixed = {}, (shuffled(train, seed), shuffled(test, seed + 1))
-    for detector, detect in detectors.items():
-        maps = [detect_all(detect, split.images) for split in (train, test)]
-        scores[detector] = {name: score(name, *maps, train, test, count) for name, count in classes.items()}
-        if detector == MODEL:
-            chance = {name: score(name, *maps, *mixed, count) for name, count in classes.items()}
-    scores |= {"shuffled labels": chance, "ceiling": {}}
+def score_all(maps, train, test, classes, seed):
+    """Scores by the name of what made the maps, and of what is labelled; of shuffled labels and the ceiling, too."""
+    mixed = shuffled(train, seed), shuffled(test, seed + 1)
+    scores = {maker: {} for maker in (*maps, "shuffled labels", "ceiling")}
     for name, count in classes.items():
-        cells = [F.one_hot(torch.from_numpy(split.cells[name]), count) for split in (train, test)]
-        maps = [labels.movedim(-1, 1).float() for labels in cells]
-        scores["ceiling"][name] = score(name, *maps, train, test, count)
+        for maker, found in maps.items():
+            scores[maker][name] = score(name, *found, train, test, count)
+        scores["shuffled labels"][name] = score(name, *maps[MODEL], *mixed, count)
+        truth = [F.one_hot(torch.from_numpy(split.cells[name]), count).movedim(-1, 1) for split in (train, test)]
+        scores["ceiling"][name] = score(name, *(cells.float() for cells in truth), train, test, count)
     return scores
 
 
-@torch.no_grad()
 def swap_test(model, x, cell):
     """Mean change of pixels in [0, 1] where a part is the strongest and elsewhere if it looks as in another image."""
     posterior, std = model.encode(x), model.decoder.pixel_std
@@ -367,10 +403,10 @@ def swap_test(model, x, cell):
 
 
 def in_words(scores):
-    """The report as lines of text: a row per figure, a column per detector."""
+    """The report as lines of text: a row per figure, a column per maker of maps."""
     rows = {"": scores}
-    for name, figure in PRINTED:
-        if name in scores[MODEL]:
+    for name, figures in PRINTED.items():
+        for figure in figures if name in scores[MODEL] else ():
             values = [found.get(name, {}).get(figure) for found in scores.values()]
             rows[f"{name} {figure}"] = ["-" if value is None else f"{value:.4f}" for value in values]
     return [f"{title:24}" + "".join(f"{text:>18}" for text in row) for title, row in rows.items()]
