@@ -103,8 +103,10 @@ def test_a_state_saved_in_another_layout_goes_on_the_same(tmp_path):
             saved = optimizer.state_dict()
             for name in ("exp_avg", "exp_avg_sq") if relaid else ():
                 saved["state"][0][name] = saved["state"][0][name].contiguous()
-            checkpoint = {"images": 1, "progress": {}, "optimizer": saved}
-            training.Run(tmp_path, None, {"images": 1, "optimizer": optimizer}, 1, 1, 1, checkpoint)
+            progress = dict.fromkeys(("window", "epoch_means"), training.Means().state())
+            checkpoint, content = {"progress": progress, "optimizer": saved}, {"optimizer": optimizer}
+            training.Run(tmp_path, None, content | {"images": 1}, checkpoint | {"images": 1}, batch_size=1, images=1,
+                         epochs=1)
         weights.append(weight.detach())
     assert torch.equal(*weights)
 
