@@ -21,9 +21,16 @@ from utils import batches, parts, training
 from utils.figures import GAP
 
 FILES = sorted([*parts.CONTENTS, "logs_parts"])
-QUICK = ["--workers", "0", "--ablation-images", "20", "--shown", "3"]
+QUICK = ["--workers", "0", "--shown", "3"]
 SMALL = {"encoder_arch": "pyramid", "ngf": 8}  # options of a model that encodes quickly
 COLOUR = {"channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_images_are_decoded():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "DECODED", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -279,14 +286,13 @@ def test_boxes_are_where_the_models_pixels_come_from(image_size):
     assert min(corner) >= 0 and corner[2] - corner[0] == max(1, round(16 * min(image_size) / 64))  # moved inwards
 
 
-def test_patches_are_as_large_as_the_help_says(make):
+def test_patches_are_as_large_as_what_the_encoder_sees_or_three_cells(make):
     for described, size in (({"scale": 8}, 22), ({"encoder_arch": "resnet", "scale": 4}, 12),
                             ({"encoder_arch": "resnet", "scale": 8}, 16), ({"scale": 32}, 32)):
         model = training.load_model(make(**described))[0]
-        options = dict(arch="patchy", num_parts=16, size=32, scale=described["scale"], part=None, ablation_images=9)
-        settings = parts.options.Settings(**options, patch_size=None, output_folder="parts")
+        options = dict(arch="patchy", num_parts=16, size=32, scale=described["scale"], part=None)
+        settings = parts.options.Settings(**options, output_folder="parts")
         assert parts.complete(settings, model).patch_size == size
-    assert facts(make(), "--images", 2, "--patch-size", 5)["patch_size"] == 5
 
 
 @pytest.fixture(scope="module")
@@ -455,7 +461,6 @@ BAD_INPUT = [
     ("--pretrained {vae}", 1, ["beta-VAE", "no parts"]),
     ("--pretrained {model} --part 16", 2, ["--part 16", "0 to 15"]),
     ("--pretrained {model} --part -1", 2, ["--part", "0 or more"]),
-    ("--pretrained {model} --patch-size 33", 2, ["--patch-size 33", "32 pixels"]),
     ("--pretrained {model} --patches 0", 2, ["--patches", "1 or more"]),
     ("--pretrained {model} --images none", 2, ["--images", "'none'"]),
     ("--pretrained {model} --split val", 2, ["--split", "unlabelled"]),

@@ -58,15 +58,9 @@ def build_parser():
                   "classifier.py trains on; all: the images of a folder without splits")
     parser.option("--images", options.whole(1), None, "K",
                   "only so many images, spread evenly over the split; for a quick look (default: all)")
-    parser.option("--ablation-images", options.whole(1), None, "K", "images on which each part in turn is switched "
-                  "off, to see what it contributes; each is decoded N times (default: 500; fewer, down to 20, where "
-                  "the images are large or the parts many)")
     parser.option("--batch-size", options.whole(1), 128, "K", "images encoded at once; fewer need less memory")
     parser.section("pictures")
     parser.option("--patches", options.whole(1, MOST), 12, "K", "patches of each part, each from another image")
-    parser.option("--patch-size", options.whole(1), None, "PIXELS", "side of a patch, in pixels of --size, which has "
-                  "a cell in its middle (default: what the encoder sees; where that is more than the image, three "
-                  "cells of --scale pixels, but no more than half of the image and no less than a cell)")
     parser.option("--shown", options.whole(1), 16, "K",
                   "parts in parts.png and traversal.png, those whose absence costs most; parts.html has all")
     parser.option("--part", options.whole(0), None, "N", "the part of illustration.png and swap.png (default: the one "
@@ -121,13 +115,11 @@ def complete(settings, model):
     parts, size, scale = settings.num_parts, settings.size, settings.scale
     if settings.part is not None and settings.part >= parts:
         raise UsageError(f"--part {settings.part}: the model has the parts 0 to {parts - 1}")
-    if settings.patch_size is not None and settings.patch_size > size:
-        raise UsageError(f"--patch-size {settings.patch_size}: the images are {size} pixels wide; give less")
     field = receptive_field(model.encoder)
     width = field if field <= size else max(scale, min(CELLS * scale, size // 2))
     return settings.changed(
-        patch_size=settings.patch_size or width,
-        ablation_images=settings.ablation_images or min(500, max(20, DECODED // (parts * size**2))),
+        patch_size=width,
+        ablation_images=min(500, max(20, DECODED // (parts * size**2))),
         output_folder=settings.output_folder or os.path.join(os.path.dirname(settings.pretrained), "parts"),
     )
 
