@@ -149,7 +149,7 @@ def find_checkpoint(values):
         return training.load(path, training.CLASSIFIER), values["output_folder"]
     if values["resume"] is None:
         return None, None
-    return training.find_run(values, CHECKPOINTS, training.CLASSIFIER)[::-1]
+    return training.find_run(values, CONTENTS, training.CLASSIFIER)[::-1]
 
 
 @runtime.together

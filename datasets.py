@@ -14,6 +14,7 @@ import hashlib
 import os
 import socket
 import sys
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -34,7 +35,7 @@ SPLITS = ("unlabelled", "train", "test", "all")
 TRAIN_NAMES = ("train", "training")  # of folders, in any case
 TEST_NAMES = ("val", "valid", "validation", "test", "testing")
 CLUTTER = ("__macosx", "@eadir")  # what archives and network disks leave beside images
-RUN_FILES = ("args.json", "classifier_args.json")  # a folder that holds one of them is that of a run
+OURS = ("args.json", "classifier_args.json", "parts.json", "evaluated")  # a folder that holds one of them is a run's
 NO_PHOTOGRAPHS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # that Pillow knows, but cannot draw
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # colour profiles and captions may be long
 say_once, said_of_images = functools.cache(print), set()
@@ -204,7 +205,7 @@ def _kind(entry):
     ending = os.path.splitext(entry.name)[1].lower()
     try:
         if entry.is_dir():
-            is_run = any(os.path.exists(os.path.join(entry.path, name)) for name in RUN_FILES)
+            is_run = any(os.path.exists(os.path.join(entry.path, name)) for name in OURS)
             return "folder of a run" if is_run else entry.name if entry.name.lower() in CLUTTER else "folder"
         if not entry.is_file():
             return "link to nothing or special file"
@@ -242,7 +243,7 @@ def find_images(folder, passed_over):
 
 def _identity(folder):
     found = os.stat(folder)
-    return found.st_dev, found.st_ino
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(folder)  # not all disks number files
 
 
 def splits_among(names):
@@ -250,6 +251,12 @@ def splits_among(names):
     train, test = ([name for usual in known for name in names if name.lower() == usual]
                    for known in (TRAIN_NAMES, TEST_NAMES))
     return train, test
+
+
+def check_apart(train, test):
+    """Raises RunError where the folders of training and of test images are one, by a link."""
+    if train.is_dir() and test.is_dir() and os.path.samefile(train, test):
+        raise RunError(f"{train} and {test} are the same folder: there is nothing to test on; remove one")
 
 
 def say_passed_over(folder, passed_over):
@@ -282,7 +289,8 @@ def image_folder(folder, classes=()):
         return Files(folder, sorted(paths))
     paths.sort(key=lambda path: (path.partition(os.sep)[0], *os.path.split(path)))
     owners = [path.partition(os.sep)[0] for path in paths]  # the class of each image
-    shown = {owner: printable(owner) for owner in dict.fromkeys(owners)}
+    # Of two spellings of an accent, macOS has its own: a class is the same in both.
+    shown = {owner: unicodedata.normalize("NFC", printable(owner)) for owner in dict.fromkeys(owners)}
     names = list(dict.fromkeys([*classes, *shown.values()]))
     labels = {owner: names.index(name) for owner, name in shown.items()}
     return Files(folder, paths, [labels[owner] for owner in owners], names)
@@ -361,6 +369,7 @@ def class_folders(**folder_of_split):
     def open_split(root, split):
         train = Path(root, "train")
         name = folder_of_split.get("test" if split == "all" else split, "train")
+        check_apart(train, Path(root, folder_of_split.get("test", "")))
         names = image_folder(train).classes if train.is_dir() and name != "train" else ()
         found = image_folder(Path(root, name), names)
         if found.labels is None:
@@ -389,6 +398,7 @@ def any_folder(root, split):
     say_passed_over(root, passed_over)
     if not test:
         return held_out(image_folder(Path(root, train[0])), split)
+    check_apart(Path(root, train[0]), Path(root, test[0]))
     if split in ("unlabelled", "train"):
         return image_folder(Path(root, train[0]))
     return image_folder(Path(root, test[0]), image_folder(Path(root, train[0])).classes)

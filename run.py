@@ -23,7 +23,7 @@ UNITS = {"patchy": "parts", "vae": "latents"}  # what can be in use
 SHOWN = 12  # images in the pictures of every epoch
 # Options that --evaluate takes from the model file, as the training had them, unless they are given.
 TESTED_WITH = ("batch_size", "beta_a", "beta_v", "target", "recon_mask")
-CONTENTS = ("args.json", "model.pt", "checkpoints", "logs", "images", "metrics.jsonl")  # of the output folder
+CONTENTS = ("args.json", "checkpoints", "model.pt", "logs", "images", "metrics.jsonl")  # of the output folder
 
 
 def build_parser():
@@ -73,7 +73,7 @@ def parse(argv):
     typed, file, checkpoint = parser.typed(argv), None, None
     values = options.merge(parser.defaults, {}, typed)
     if values["resume"] is not None:
-        folder, checkpoint = training.find_run(values, "checkpoints", training.TRAINING)
+        folder, checkpoint = training.find_run(values, CONTENTS, training.TRAINING)
     if checkpoint:
         values = options.follow_run(parser, checkpoint["args"], typed) | {"output_folder": folder}
         return options.Settings(**values), None, checkpoint

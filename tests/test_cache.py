@@ -217,6 +217,7 @@ def test_a_disk_that_knows_no_locks_will_do(flat, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(runtime.FileLock, "acquire", refuse)
+    runtime.warn_once.cache_clear()
     assert_same(everything(open_batches(flat[0], "disk", flat[1])), everything(open_batches(flat[0], "none", None)))
     said = capsys.readouterr().err
     assert said.startswith("warning: ") and "No locks available" in said and said.count("\n") == 1

@@ -396,7 +396,7 @@ def place(tmp_path_factory, finished, judged):
 
 BAD_INPUT = [
     ("--arch vgg", 2, ["--arch"]),
-    ("--arch resnet18 --gpu 0 --no-cuda", 2, ["--no-cuda", "--gpu"]),
+    ("--arch resnet18 --gpu 0 --no-cuda", 2, ["--no-cuda", "--gpu"]), ("--gpu 7", 2, ["--gpu 7", "no GPU"]),
     ("--freeze -2", 2, ["--freeze", "-1 or more"]),
     ("--freeze conv2", 2, ["--freeze", "conv1-3"]),
     ("--arch patchy --freeze 4", 2, ["--freeze", "--pretrained", "--random-init"]),

@@ -295,6 +295,28 @@ def test_names_of_classes_are_lines_of_text(tmp_path):
     assert found.classes == ["a b", "c\\nd", "caf\\xe9", "🐝"] and all(found.image(row) for row in range(4))
 
 
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_a_test_folder_that_is_the_training_folder_is_refused(name, tmp_path):
+    paint_classes(tmp_path / "train", images=2)
+    (tmp_path / "val").symlink_to("train")
+    with pytest.raises(RunError, match="are the same folder"):
+        open_split(name, tmp_path, "test", 32)
+
+
+def test_a_class_is_the_same_in_either_spelling_of_an_accent(tmp_path):
+    paint_classes(tmp_path / "train", ["bee", "caf\u00e9"], images=2)
+    paint_classes(tmp_path / "val", ["cafe\u0301"], images=2)
+    assert open_split("folder", tmp_path, "test", 32).labels.tolist() == [1, 1]
+
+
+def test_what_a_run_and_parts_leave_is_no_class(tmp_path):
+    paint_classes(tmp_path, images=3)
+    paint(tmp_path / "tested/evaluated/samples.png")
+    paint(tmp_path / "parts/parts.png")
+    (tmp_path / "parts/parts.json").touch()
+    assert open_split("folder", tmp_path, "all", 32).classes == ["ant", "bee"]
+
+
 @pytest.mark.parametrize("name, folders, words", [
     ("folder", [], "no images in it"),
     ("folder", ["ant", "bee", "cow.heic"], "no images in it .passed over: .*1 .heic.*convert others to .* .jpg"),

@@ -212,6 +212,24 @@ def test_a_run_goes_on_from_an_older_checkpoint_in_its_own_folder(uninterrupted,
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_a_copy_of_a_checkpoint_and_less_epochs_than_are_done_are_refused(uninterrupted, tmp_path, line_of_error):
+    shutil.copy(uninterrupted / LAST, tmp_path / "step_000000012.pt")
+    status, line = line_of_error(run.main, ["--resume", str(tmp_path / "step_000000012.pt")])
+    assert status == 2 and "name that folder" in line and len(list(tmp_path.iterdir())) == 1
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    status, line = line_of_error(run.main, ["--resume", str(tmp_path / "run"), "--num-epochs", "1"])
+    assert status == 2 and "3 are done" in line and (tmp_path / "run" / LAST).is_file()
+
+
+@pytest.mark.parametrize("name", ["args", "images", "model", "optimizer", "progress"])
+def test_a_checkpoint_that_lacks_something_is_one_line(name, uninterrupted, tmp_path, line_of_error):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    content = torch.load(tmp_path / "run" / LAST)
+    torch.save({key: value for key, value in content.items() if key != name}, tmp_path / "run" / LAST)
+    status, line = line_of_error(run.main, ["--resume", str(tmp_path / "run" / LAST)])
+    assert status == 1 and f"{name} is missing" in line
+
+
 @pytest.mark.parametrize("force", ["0", "1"])
 def test_a_hostile_file_is_refused_unread(force, tmp_path, monkeypatch):
     class Hostile:
@@ -281,8 +299,9 @@ def test_without_locks_a_run_warns_once_and_goes_on(tmp_path, monkeypatch, capsy
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unable)
-    for _ in range(2):
-        training.prepare_folder(tmp_path, run.CONTENTS)
+    runtime.warn_once.cache_clear()
+    for name in ("one", "other"):
+        training.prepare_folder(tmp_path / name, run.CONTENTS)
     warning = capsys.readouterr().err
     assert "cannot be locked" in warning and "No locks available" in warning and warning.count("\n") == 1
 
@@ -340,7 +359,7 @@ def test_a_folder_that_was_killed_while_it_was_cleared_can_be_overwritten(killed
 
 def test_a_full_disk_is_one_line_and_leaves_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
-    content = {"kind": training.TRAINING, "model": {}}
+    content = {**dict.fromkeys(training.HOLDS[training.TRAINING], {}), "kind": training.TRAINING}
     training.save(path, {**content, "value": 1})
 
     def full(descriptor):

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GPUS, TINY, call
+from conftest import GPUS, ROOT, TINY, call
 
 from utils import runtime
 from utils.runtime import UsageError
@@ -66,6 +68,8 @@ def test_a_gpu_that_cannot_be_taken_is_refused(gpu, processes, words, monkeypatc
     (RuntimeError("gloo: connection closed by peer\nat"), "lost the other processes of this job"),
     (OSError(24, "Too many open files", b"caf\xe9.jpg"), "ulimit -n"),
     (OSError(28, "No space left on device", "model.pt"), "model.pt: No space left on device; free some space"),
+    (RuntimeError("can't start new thread"), "ulimit -u"), (runtime.RunError("a\rb\nc"), "a\\rb c"),
+    (RuntimeError("Error(s) in loading state_dict for PatchVAE:\nMissing"), "is it damaged?"),
 ])
 def test_what_the_machine_lacks_is_said_in_one_line(error, words, line_of_error):
     def main(argv):
@@ -100,3 +104,22 @@ def test_the_scripts_run_on_a_gpu(tmp_path):
         done = call(*command, env=env)
         assert done.returncode == 0, done.stderr
         assert "CUDA" in done.stdout or command[0].startswith("utils"), done.stdout
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_is_no_reason_to_fail(closed, tmp_path):
+    command = f'exec "$@" {closed}'
+    script = [sys.executable, ROOT / "run.py", "--dataset", "digits", *TINY, "--output-folder", tmp_path]
+    assert subprocess.run(["sh", "-c", command, "sh", *script], capture_output=True).returncode == 0
+    assert (tmp_path / "model.pt").is_file()
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["closed terminal", "nohup"])
+def test_a_closed_terminal_saves_as_other_signals_do(heard):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL if heard else signal.SIG_IGN)
+    with pytest.raises(SystemExit) as left:
+        runtime.start(lambda: os.kill(os.getpid(), signal.SIGHUP))
+    for number in (*runtime.STOPPING, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, before)
+    assert left.value.code == (143 if heard else 0)

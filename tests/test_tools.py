@@ -140,7 +140,7 @@ def place(tmp_path_factory, finished):
 
 BAD_MODEL = [  # for both tools that open one
     ("", 2, "--pretrained"), ("--pretrained none.pt", 1, "none.pt|no such file"),
-    ("--pretrained garbage.pt", 1, "garbage.pt|damaged"), ("--pretrained bare.pt", 1, "bare.pt|do not fit"),
+    ("--pretrained garbage.pt", 1, "garbage.pt|damaged"), ("--pretrained bare.pt", 1, "bare.pt|is missing"),
     ("--pretrained misfit.pt", 1, "misfit.pt|do not fit|train the model again"),
     ("--pretrained other.pt", 1, "other.pt|expected a model.pt|found a training checkpoint"),
 ]

@@ -247,11 +247,14 @@ class Batches:
                 if errors:
                     broken.update(errors)
                 yield torch.from_numpy(pixels)
+        except (KeyboardInterrupt, runtime.Terminated):
+            _end_workers()  # they would first finish the images at hand
+            raise
         except OSError as error:
             sys.unraisablehook = lambda _: None  # torch's half-made iterator would complain when it goes
             raise RunError(
                 f"the data-loading processes do not start ({error.strerror or error}): use --workers 0, or raise "
-                "`ulimit -n` (open files) or the size of /dev/shm"
+                "`ulimit -n` (open files), `ulimit -u` (processes) or the size of /dev/shm"
             ) from None
 
     def _normalise(self, pixels, mirrored=None):
@@ -375,6 +378,8 @@ def open_table(path, source, shape, decode, skip_broken, pinned):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with runtime.locked(f"{path}.lock"):
             table = _read(file, len(source)) or _build(file, path, (len(source), *shape), decode, skip_broken)
+    if table is None:
+        raise RunError(f"{file} was written, but cannot be mapped into memory; use --cache ram or none")
     pixels, broken = table
     if broken.any() and not skip_broken:
         source.image(int(broken.argmax()))  # raises the reason

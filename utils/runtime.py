@@ -24,7 +24,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Slurm's last
+STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]  # Ctrl-C, kill, a closed terminal, Slurm
 MEETING = datetime.timedelta(minutes=10)  # in which all processes of a job have to start
 PATIENCE = datetime.timedelta(minutes=60)  # how long one process may be busy, with a download say, while others wait
 UNFINISHED = ".unfinished"  # ends the name of a file that is being written; a killed process leaves it behind
@@ -36,6 +36,8 @@ KNOWN = (
      "lost the other processes of this job; one of them says why, or was killed ({})"),
     (("DataLoader worker",), "a data-loading process died ({}); try --workers 0"),
     (("torch._dynamo", "torch._inductor"), "--compile cannot compile here, leave it out ({})"),
+    (("can't start new thread",), "no more threads may be started; raise `ulimit -u`, or use --workers 0"),
+    (("Error(s) in loading state_dict",), "a file's weights are not those of the model; is it damaged? ({})"),
 )
 REMEDIES = {
     errno.ENOSPC: "; free some space or choose another --output-folder or --cache-folder",
@@ -61,23 +63,26 @@ class UsageError(RunError):
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGUSR1 arrived. Not an Exception, so that no handler for ordinary errors swallows it."""
+    """A signal but SIGINT arrived. Not an Exception, so that no handler for ordinary errors swallows it."""
 
 
 def start(main):
-    """Call `main()` and leave the process: 0, or one line on stderr and 1, 2, 130 (Ctrl-C) or 143 (SIGTERM, SIGUSR1).
+    """Call `main()` and leave the process: 0, or one line on stderr and 1, 2, 130 (Ctrl-C) or 143 (other signals).
 
     An error that is none of the user's doing, a bug of ours, keeps its traceback.
     """
     for number in STOPPING:  # SIGINT too: a shell's background jobs start with it ignored
-        signal.signal(number, stop)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None if closed
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+    threading.excepthook = lambda failed: None  # TensorBoard's thread: who waits for it raises the same error
     status, line = _outcome(main)  # by now the error's frames are gone, and with them data-loading processes
     if line:
         rank = os.environ.get("RANK", "0")
         who = os.path.basename(sys.argv[0]) + (f", rank {rank}" if rank not in ("0", "") else "")
-        print(f"{who}: {line}".replace("\n", " "), file=sys.stderr)
+        print(printable(f"{who}: {line}".replace("\n", " ")), file=sys.stderr)
     if dist.is_initialized():  # so it ends in an error, and not at the same time as the others:
         with contextlib.suppress(OSError):  # a connection that breaks while Python closes down would abort it
             sys.stdout.flush()
@@ -88,6 +93,8 @@ def start(main):
 
 def stop(number, frame=None, message=""):
     """Leave as signal `number` wants it, with `message` as last words; also the handler of signals."""
+    for other in STOPPING:  # a second one ends also what cleans up
+        signal.signal(other, lambda number, frame: os._exit(130 if number == signal.SIGINT else 143))
     raise KeyboardInterrupt(message) if number == signal.SIGINT else Terminated(message)
 
 
@@ -191,8 +198,13 @@ def locked(path, patience=None, otherwise=""):
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", None) in REMEDIES:
             raise
-        print(f"warning: {path} cannot be locked ({error}): let no other run write there", file=sys.stderr)
+        warn_once(f"warning: files cannot be locked here ({error}): let no other run write to the same folders")
         return contextlib.nullcontext()
+
+
+@functools.cache
+def warn_once(words):
+    print(words, file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------- processes
@@ -346,11 +358,13 @@ def choose_device(no_cuda=False, gpu=None):
 
     Of several processes on this machine each takes the GPU of its own number, or the only one that it is shown.
     """
-    if no_cuda or not torch.cuda.is_available():
+    if no_cuda or gpu is None and not torch.cuda.is_available():
         return torch.device("cpu")
     if gpu is not None and count() > 1:
         raise UsageError(f"--gpu {gpu}: of several processes each has its own GPU; leave it out")
-    shown = torch.cuda.device_count()
+    shown = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not shown:
+        raise UsageError(f"--gpu {gpu}: torch finds no GPU on this machine; leave it out")
     if gpu is not None and gpu >= shown:
         raise UsageError(f"--gpu {gpu}: this machine has the GPUs 0 to {shown - 1}")
     gpu = local_rank() % shown if gpu is None else gpu  # a scheduler may show every process one GPU only, its own

@@ -38,6 +38,8 @@ WORDS = {
     CLASSIFIER: "a checkpoint of classifier.py",
 } | {kind.removesuffix("-2"): "a file of an earlier version, whose model was another: train it again"
      for kind in (MODEL, TRAINING, CLASSIFIER)}
+HOLDS = {MODEL: {"model", "options", "args"}}  # a file of each kind, beside its kind
+HOLDS |= dict.fromkeys((TRAINING, CLASSIFIER), {"model", "optimizer", "args", "images", "progress"})
 CHECKPOINTS_KEPT = 3
 QUIET = 60.0  # seconds without a word, where there is no terminal for a progress bar
 COPIES = 2.0  # seconds in which a second signal is a copy of the first: torchrun's, or a child's that was just forked
@@ -73,6 +75,8 @@ def load(path, kind):
     found = content.get("kind") if isinstance(content, dict) else None
     if found != kind:
         raise RunError(f"{path}: expected {WORDS[kind]}, found {WORDS.get(found, 'something else')}; give another file")
+    if missing := HOLDS[kind] - set(content):
+        raise RunError(f"{path}: {', '.join(sorted(missing))} is missing in it; give another file")
     if not all(value.isfinite().all() for value in content["model"].values()):
         raise RunError(f"{path}: has weights that are no numbers; train the model again with a smaller --lr")
     if kind == MODEL:
@@ -116,24 +120,28 @@ def newest(folder, kind):
     raise RunError(f"{folder}: no checkpoint in it to go on from; start without --resume, or anew with --overwrite")
 
 
-def find_run(settings, folder_name, kind):
+def find_run(settings, contents, kind):
     """The folder of the run that --resume means, and the content of its checkpoint. `settings`: a dict.
 
-    `folder_name`: of the checkpoints in it. With "auto" both are None where there is nothing to go on with.
+    `contents`: see check_folder; the second is the folder of the checkpoints. With "auto" both are None where there is
+    nothing to go on with.
     """
     if settings["overwrite"]:
         raise UsageError("--overwrite and --resume exclude each other: replace the run or go on with it")
+    options_file, checkpoints = contents[:2]
     is_auto = settings["resume"] == "auto"
     place = Path(settings["output_folder"] if is_auto else settings["resume"] or settings["output_folder"])
     inside = place.resolve().parent if place.is_file() else place
-    folder = inside.parent if inside.name == folder_name else inside  # best.pt lies in the run's folder itself
+    folder = inside.parent if inside.name == checkpoints else inside  # best.pt lies in the run's folder itself
     with runtime.main_first():
-        is_run = folder.is_dir() and (is_auto or numbered(folder / folder_name))
+        is_run = folder.is_dir() and (is_auto or numbered(folder / checkpoints))
         if runtime.is_main() and is_run and not settings["evaluate"]:
             hold(folder)  # before it is read: who held it may save once more at its end
-        if is_auto and not numbered(folder / folder_name):
+        if is_auto and not numbered(folder / checkpoints):
             return None, None
-        checkpoint = load(place, kind) if place.is_file() else newest(folder / folder_name, kind)
+        checkpoint = load(place, kind) if place.is_file() else newest(folder / checkpoints, kind)
+    if place.is_file() and not (folder / options_file).is_file():
+        raise UsageError(f"--resume {place}: goes on in the folder of its run, which {folder} is not; name that folder")
     typed = settings["typed"].get("output_folder", folder)
     if os.path.realpath(typed) != os.path.realpath(folder):
         raise UsageError(f"--resume goes on in the run's own folder, {folder}; leave out --output-folder")
@@ -263,8 +271,8 @@ def evaluating(model):
 class Run:
     """One training, from its first step or from a checkpoint to its end, and what it leaves in its folder.
 
-    As a context it turns SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) into a wish that is granted after the step at
-    hand; a second signal leaves as soon as Python can hear it. In a job of several processes a signal to one stops all.
+    As a context it turns signals such as SIGINT into a wish that is granted after the step at hand; a second signal
+    leaves as soon as Python can hear it. In a job of several processes a signal to one stops all.
     """
 
     checkpoints, lines, logs, tag = "checkpoints", "metrics.jsonl", "logs", "loss/{split}/{name}"
@@ -292,7 +300,8 @@ class Run:
         self.signal, self.signalled_at = 0, 0.0
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._note_signal) for number in runtime.STOPPING}
+        heard = [number for number in runtime.STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._note_signal) for number in heard}
         if runtime.is_main():
             logs = self.folder / self.logs
             if self.step:
@@ -407,6 +416,8 @@ class Run:
         progress = dict(checkpoint["progress"])
         self.since_record, self.since_epoch = (Means.restored(progress.pop(of)) for of in ("window", "epoch_means"))
         vars(self).update(progress)
+        if self.step > self.last_step:
+            raise UsageError(f"--epochs: {self.epoch} are done; give that many or more, or leave it out")
         optimizer = self.content["optimizer"]
         optimizer.load_state_dict(checkpoint["optimizer"])
         for parameter, state in optimizer.state.items():  # fused Adam on the CPU wants both laid out alike in memory
