@@ -461,9 +461,13 @@ def write(settings, folder, frozen, classes, results, scores, labels):
     is_probe = settings.linear or settings.knn
     taken_for = confusion_matrix(labels, scores.argmax(1), labels=range(len(classes)), normalize="true")
     draw_confusion(taken_for, classes, folder / "confusion.png")
+    images, shares = np.bincount(labels, minlength=len(classes)).tolist(), (100 * taken_for.diagonal()).tolist()
     content = {
         **results,
-        "per_class": dict(zip(classes, (100 * taken_for.diagonal()).tolist())),  # of the last probe or the best epoch
+        "per_class": [  # of the last probe or of the best epoch
+            {"class": name, "images": count, "top1": share if count else None}
+            for name, count, share in zip(classes, images, shares)
+        ],
         "test_images": len(labels),
         "frozen_children": frozen,
         "options": vars(settings),

@@ -39,7 +39,7 @@ def build_parser():
     parser.option("--beta-a --beta-app", real(0), 1.0, "X",
                   "weight of the appearance's KL term; the beta of --arch vae")
     parser.option("--beta-v --beta-occ", real(0), 10.0, "X",
-                  "weight of the occurrence's KL term; lower it if the parts stay near their prior")
+                  "weight of the occurrence's KL term (of patchy); lower it if the parts stay near their prior")
     parser.option("--target", ("image", "edges"), "image", None,
                   "what is reconstructed: the image, or where it has edges; colour pays in the first and parts divide "
                   "by it, in the second only local shape pays")

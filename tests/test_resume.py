@@ -289,7 +289,7 @@ def test_what_another_run_saves_before_it_leaves_the_folder_is_not_replaced(unin
 def test_overwrite_deletes_nothing_of_a_job_that_torchrun_starts_again(uninterrupted, tmp_path, monkeypatch):
     shutil.copytree(uninterrupted, tmp_path / "run")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(runtime.UsageError, match="use --resume auto"):
+    with pytest.raises(runtime.UsageError, match="--resume auto"):
         run.main([*OPTIONS, "--overwrite", "--output-folder", str(tmp_path / "run")])
     assert (tmp_path / "run" / LAST).is_file()
 

@@ -504,7 +504,9 @@ def free_memory():
 
 def _free_in_groups():
     """Bytes that the limits of this process's control groups (v2) leave, as of a container; infinity without one."""
-    own, free = Path("/proc/self/cgroup").read_text().split("::")[-1].strip(), float("inf")
+    own, free = "", float("inf")
+    with contextlib.suppress(OSError):
+        own = Path("/proc/self/cgroup").read_text().split("::")[-1].strip()
     for group in (place := Path(f"/sys/fs/cgroup{own}"), *place.parents):
         with contextlib.suppress(OSError, KeyError, ValueError):  # "max", the word for no limit, is a ValueError
             used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

@@ -26,8 +26,7 @@ TITLE = ["Edges: white is the image's strongest.",
 def main(argv=None):
     """Draw images, edges and weights. Returns the weights, averaged over the colours: B×H×W float32 array."""
     parser = options.Parser(description=__doc__)
-    options.add_data_options(parser)
-    parser.defaults["cache"] = "none"  # a few images, once
+    options.add_data_options(parser, cache="none")  # a few images, once
     parser.section("picture")
     parser.option("--scale", options.whole(1), 8, "K", "side of a cell in pixels; larger spreads the weights wider")
     parser.option("--images", options.whole(1), 12, "K", "test images to draw, evenly spread over all")

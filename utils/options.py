@@ -14,7 +14,7 @@ from utils.runtime import RunError, UsageError
 
 SCALES = {"resnet": (4, 8, 16, 32)} | dict.fromkeys(("pyramid", "patches"), (2, 4, 8, 16, 32, 64))
 LEAST = {"alexnet": 28}  # pixels a side, below which an encoder's poolings leave nothing
-PARTS_ONLY = ("categorical", "hard", "independent", "py", "beta_v", "temp", "anneal", "min_temp")
+PARTS_ONLY = ("categorical", "hard", "independent", "py")
 # What a model file knows of itself; where the command line says otherwise, it contradicts the file.
 DESCRIBED = ("arch", "encoder_arch", "decoder_arch", "size", "inet", "ngf", "independent", "scale", "num_parts")
 DESCRIBED += ("hidden_size", "py", "categorical", "hard")
@@ -231,20 +231,20 @@ def typed_again(values, names):
 # ---------------------------------------------------------------------------------------------------- shared options
 
 
-def add_data_options(parser, of_model=False):
-    """The section `data`; `of_model`: what the model at hand was trained on is the default, None here."""
-    default, native = (None, "the model's own") if of_model else ("cifar100", "default: 32, of folders of images 64")
+def add_data_options(parser, dataset="cifar100", cache="auto"):
+    """The section `data`. Without a `dataset`, what the model at hand was trained on is the default, None here."""
+    native = "default: 32, of folders of images 64" if dataset else "the model's own"
     parser.section("data")
-    parser.option("--dataset", tuple(DATA_SETS), default, "NAME", f"one of {', '.join(DATA_SETS)}. shapes, binshapes, "
+    parser.option("--dataset", tuple(DATA_SETS), dataset, "NAME", f"one of {', '.join(DATA_SETS)}. shapes, binshapes, "
                   "bincircles and digits need no files; folder takes your own images")
-    parser.option("--data-folder", path, None if of_model else "./data", "DIR",
+    parser.option("--data-folder", path, "./data" if dataset else None, "DIR",
                   "where its files lie or are downloaded to; README lists the layouts", free=True)
     parser.option("--size", whole(2), None, "PIXELS", f"side of the square images; a multiple of --scale ({native})")
     parser.switch("--inet", "normalise with ImageNet's mean and deviation instead of 0.5 and 0.5; the reconstruction "
                   "then weighs about five times as much against the KL terms")
     parser.option("-j --workers", whole(0), 4, "K", "processes that decode images, at most one per core; 0 decodes in "
                   "the main process", free=True)
-    parser.option("--cache", batches.CACHES, "auto", None, "where decoded images stay: device (on the GPU), ram, disk "
+    parser.option("--cache", batches.CACHES, cache, None, "where decoded images stay: device (on the GPU), ram, disk "
                   "(a file that later runs use too) or none; auto takes the first with room", free=True)
     parser.option("--cache-folder", path, None, "DIR", "where --cache disk keeps its files; best on a local SSD "
                   "(default: .cache in the data folder)", free=True)

@@ -51,8 +51,7 @@ CONTENTS = ("parts.json", "parts.html", "parts.csv", "parts.png", "illustration.
 
 def build_parser():
     parser = options.Parser(description=__doc__)
-    trained.add_options(parser)
-    parser.defaults["cache"] = "none"  # every image is looked at once
+    trained.add_options(parser, cache="none")  # every image is looked at once
     parser.section("what to look at")
     parser.option("--split", SPLITS, "test", None, "test; unlabelled: what run.py trained on; train: what "
                   "classifier.py trains on; all: the images of a folder without splits")

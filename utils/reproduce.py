@@ -61,7 +61,8 @@ QUICK = {  # what --quick puts in place of options that are not given
 
 def build_parser():
     parser = options.Parser(description=__doc__)
-    options.add_data_options(parser)
+    options.add_data_options(parser, dataset="cifar10")
+    parser.switch("--no-inet", "without --inet, which is the default here")
     options.add_model_options(parser)
     parser.section("what to do")
     parser.option("--rows", str, None, "NAME", "only these; an unknown name lists all (default: all)", nargs="+")
@@ -84,7 +85,6 @@ def build_parser():
     parser.option("--precision", runtime.PRECISIONS, "auto", None, "of all trainings; see run.py")
     parser.switch("--compile", "let torch.compile make kernels for all trainings; see run.py")
     parser.switch("--no-cuda", "compute on the CPU even where there is a GPU")
-    parser.defaults |= {"dataset": "cifar10", "inet": True}  # as the paper's commands are
     return parser
 
 
@@ -93,7 +93,7 @@ def parse(argv):
     parser = build_parser()
     typed = parser.typed(argv)
     given = {**(QUICK if "quick" in typed else {}), **typed}
-    settings = options.Settings(**{**parser.defaults, **given})
+    settings = options.Settings(**{**parser.defaults, **given, "inet": "no_inet" not in typed})
     precision = runtime.choose_precision(settings.precision, runtime.choose_device(settings.no_cuda))
     settings = settings.changed(precision=precision)  # typed into all commands: one folder has one
     model = {name: given[name] for name in options.DESCRIBED if name in given and name not in ("size", "inet")}
@@ -270,14 +270,15 @@ def make(cell, origin):
     if record != before:  # nothing is finished until the call has ended
         cell.folder.mkdir(parents=True, exist_ok=True)
         runtime.write_json(path, record)
-    saved, how = cell.folder / ("checkpoints" if cell.script is run else classifier.CHECKPOINTS), {"overwrite": True}
+    saved = cell.folder / ("checkpoints" if cell.script is run else classifier.CHECKPOINTS)
+    how = {"overwrite": "command" in before}  # only what this folder has a record of is replaced
     if training.numbered(str(saved)):  # it has the weights of --pretrained, and the folder may have been moved
         how = {"pretrained": None, "resume": "auto"}
     argv = options.typed_again({**cell.options, **how}, {**cell.options, **how})
     try:
         found = figures_of(cell, cell.script.main(argv))
     finally:
-        if not isinstance(sys.exception(), RunError):
+        if not isinstance(sys.exception(), (RunError, OSError)):
             record["seconds"] = round(record.get("seconds", 0) + time.perf_counter() - started, 1)
             record |= {name: list(dict.fromkeys([*record.get(name, []), value])) for name, value in origin.items()}
             runtime.write_json(path, {**record, **found})
@@ -330,9 +331,9 @@ def main(argv=None):
                 report(settings, rows)
         except (KeyboardInterrupt, runtime.Terminated) as signal:
             raise type(signal)("stopped; the same command goes on from here") from None
-        except RunError as error:  # the other rows do not depend on it
-            print(f"not finished: {error}", flush=True)
-            failed.append(str(error))
+        except (RunError, OSError) as error:  # the other rows do not depend on it
+            failed.append(str(error) if isinstance(error, RunError) else runtime.explain(error))
+            print(f"not finished: {failed[-1]}", flush=True)
     content = report(settings, rows)
     print(f"\n{markdown(content)}\nAll of it lies in {runtime.relative(settings.output_folder)}")
     if failed:
@@ -347,7 +348,7 @@ def report(settings, rows):
     """Write what the output folder has by now into it. Returns the content of results.json: a dict."""
     folder, calls = Path(settings.output_folder), {}
     folder.mkdir(parents=True, exist_ok=True)
-    with runtime.locked(folder / ".report.lock", -1, ""):  # other processes report into this folder, too
+    with runtime.locked(folder / ".report.lock"):  # other processes report into this folder, too
         for cell in filter(is_finished, all_cells(settings, rows)):
             calls.setdefault(cell.row, {})[cell.part] = record_of(cell)
         content = gather(settings, rows, calls)

@@ -123,8 +123,9 @@ def _outcome(main):
 
 
 def first_line(error):
-    """The first line of an error's message; of an empty one, its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, and what follows a colon at its end; of an empty one, its kind."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()[:200]}" if more and first.endswith(":") else first
 
 
 def explain(error):
@@ -256,7 +257,7 @@ def _meet():
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=PATIENCE)
     except RuntimeError as error:
         raise RunError(
-            f"the processes of this job do not find each other at {place} ({str(error).splitlines()[0]}); do all "
+            f"the processes of this job do not find each other at {place} ({first_line(error)}); do all "
             "run, and do MASTER_ADDR and MASTER_PORT (--rdzv-endpoint) name the first machine and a free port?"
         ) from None
     finally:

@@ -5,13 +5,13 @@ from utils import options, runtime, training
 OF_TRAINING = ("beta_a", "beta_v", "target", "recon_mask", "hide", "grey")  # options of run.py that tools may need
 
 
-def add_options(parser):
+def add_options(parser, cache="auto"):
     """The options --pretrained and --no-cuda, and the section `data`, which the model's own training answers."""
     parser.section("model")
     parser.option("--pretrained", options.model_file, None, "FILE", "a model.pt of run.py, or the folder of its run",
                   required=True)
     parser.switch("--no-cuda", "compute on the CPU even where there is a GPU")
-    options.add_data_options(parser, of_model=True)
+    options.add_data_options(parser, None, cache)
 
 
 def open_model(parser, argv):

@@ -163,8 +163,8 @@ def check_folder(folder, contents, overwrite=False, keep=False):
     folder, flag = Path(folder), f"--output-folder {runtime.printable(str(folder))}"
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{flag} is a file; give the name of a folder")
-    if str(folder) not in flag:  # TensorBoard wants text
-        raise UsageError(f"{flag} is no plain text; choose another name")
+    if str(folder).encode(errors="replace").decode() != str(folder):  # TensorBoard wants text
+        raise UsageError(f"{flag} is no text in UTF-8; choose another name")
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise RunError(f"{flag}: {above} may not be written to; choose another folder")
@@ -173,12 +173,12 @@ def check_folder(folder, contents, overwrite=False, keep=False):
     if found and not (options.is_file() and '"encoder_arch"' in options.read_text(encoding="utf-8", errors="replace")):
         raise UsageError(f"{flag} holds {found[0].name}, which no run made; choose another folder")
     to_lose = [path for path in found if path.suffix == ".pt" or path.name == "results.json" or any(path.glob("*.pt"))]
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0  # of this very job, by torchrun
-    if to_lose and (is_restart or not overwrite):
+    if to_lose and not overwrite:
         raise UsageError(
-            f"{flag} already holds a run ({to_lose[0].name}); choose another folder, or give --overwrite to replace "
-            "that run; jobs that are started again use --resume auto"
+            f"{flag} already holds a run ({to_lose[0].name}); choose another folder, or give --overwrite to replace it"
         )
+    if to_lose and int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0):  # torchrun has started this very job again
+        raise UsageError(f"{flag}: --overwrite would delete what this job has made; with --max-restarts --resume auto")
     return found
 
 
@@ -360,9 +360,8 @@ class Run:
             yield self.step, batch
             if self.owes_test or self.step_in_epoch % self.log_interval == 0:
                 self._record()
-            is_regular = self.epoch % self.save_interval == 0 or self.first is None or self.step == self.last_step
-            self._save_or_stop(is_due=self.owes_test and is_regular)
-            if self.owes_test:  # by now nothing can be lost: a second signal, or kill -9, may end the test
+            self._save_or_stop()
+            if self.owes_test:
                 self._finish_epoch(finish_epoch)
 
     def add(self, terms, **state):
@@ -388,7 +387,7 @@ class Run:
     def _finish_epoch(self, finish_epoch):
         finish_epoch()
         self.tested, self.since_epoch, self.speeds = self.epoch, Means(), []
-        self._save_or_stop(is_due=self.step == self.last_step)
+        self._save_or_stop()
         self.recorded_at = self.said_at = time.perf_counter()
 
     def note_test(self, figures, improved):
@@ -433,10 +432,15 @@ class Run:
     def _path(self):
         return str(self.folder / self.checkpoints / f"step_{self.step:09d}.pt")
 
-    def _save_or_stop(self, is_due=False):
-        """Save if it is time, was long ago or a signal has come, and then do what the signal wants."""
+    def _save_or_stop(self):
+        """Save if it is time, was long ago or a signal has come, and then do what the signal wants.
+
+        It is time at the end of an epoch, before its test, which then may be broken off, and after it.
+        """
         if runtime.count() > 1 and os.getppid() != self.launcher:  # it was killed, and cannot end this process any more
             self.signal = self.signal or int(signal.SIGTERM)
+        is_regular = self.epoch % self.save_interval == 0 or self.step == self.last_step or self.first is None
+        is_due = self.step_in_epoch == self.steps_per_epoch and is_regular
         is_overdue = time.monotonic() > self.saved_at + self.settings.save_minutes * 60
         number, is_overdue = runtime.largest(torch.tensor([self.signal, is_overdue])).tolist()
         if is_due or is_overdue or number:
