@@ -139,6 +139,14 @@ def test_seconds_and_origins_add_up_and_what_is_refused_is_not_noted(tmp_path, m
     assert reproduce.record_of(cell)["commit"] == ["a", "b"] and reproduce.record_of(cell)["device"] == ["a CPU"]
 
 
+def test_a_run_of_which_there_is_no_record_is_not_replaced(made, copied, line_of_error):
+    model = copied / "runs" / TRAINED / "model.pt"
+    (model.parent / "made.json").unlink()
+    status, line = line_of_error(reproduce.main, command(copied))
+    assert status == 1 and "already holds a run" in line
+    assert model.read_bytes() == (made[0] / "runs" / TRAINED / "model.pt").read_bytes()
+
+
 def test_random_weights_are_those_that_training_starts_from(made):
     """The floor is paired with the trained row: the same seed draws the same encoder."""
     cells = rows_and_cells(*command(made[0]))[1]
