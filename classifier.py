@@ -163,10 +163,11 @@ def main(argv=None):
     settings = settings.changed(precision=runtime.choose_precision(settings.precision, device))
     sources = labelled_sources(settings)
     classes = sources[0].classes
-    *train, test = opened = batches.open_batches(settings, sources[1:] if settings.evaluate else sources, device)
+    opened = batches.open_batches(settings, sources[1:] if settings.evaluate else sources, device)
+    train, test = (None, *opened)[-2:]  # --evaluate opens the test alone
     torch.manual_seed(settings.seed)
     model = runtime.channels_last(build_model(settings, len(classes)).to(device))
-    images = f"{batches.count_images(opened)} of {len(classes)} classes"
+    images = f"{batches.count_images(train, test)} of {len(classes)} classes"
     print(f"{settings.dataset}: {images}, {settings.size} px, {runtime.describe(device)}")
     untrained = copy.deepcopy(model.encoder)
     if checkpoint:
@@ -180,14 +181,14 @@ def main(argv=None):
         print(f"test  {in_words(found)}")
         return found
     if not (settings.linear or settings.knn):
-        options.check_batch(min(settings.batch_size, len(*train)), cells=1)
+        options.check_batch(min(settings.batch_size, len(train)), cells=1)
     folder = training.prepare_folder(settings.output_folder, CONTENTS, settings.overwrite, goes_on)
     if runtime.is_main():
         runtime.write_json(folder / "classifier_args.json", {**vars(settings), **runtime.record()})
     if settings.linear or settings.knn:
-        results, scores, labels = probe(settings, model, untrained, *train, test)
+        results, scores, labels = probe(settings, model, untrained, train, test)
     else:
-        results, scores, labels = fit(settings, model, *train, test, folder, checkpoint)
+        results, scores, labels = fit(settings, model, train, test, folder, checkpoint)
     if runtime.is_main():
         write(settings, folder, model.frozen, classes, results, scores, labels)
     return results

@@ -332,24 +332,24 @@ def held_out(source, split):
 
 
 def torchvision_set(name, folder):
-    """A data set that torchvision knows and downloads into `root`/`folder`."""
+    """One that torchvision opens with train=…, as CIFAR and MNIST, and downloads into `root`/`folder`."""
 
     def open_split(root, split):
         load = functools.partial(getattr(torchvision.datasets, name), root, train=split not in ("test", "all"))
         try:
             found = load(download=False)
         except (RuntimeError, ValueError):  # torchvision's words for absent and for damaged files
-            found = _download(load, name, Path(root, folder))
+            found = _download(load, name, Path(root), Path(root, folder))
         return Arrays(np.asarray(found.data), found.targets, found.classes)
 
     return open_split
 
 
-def _download(load, name, folder):
-    names, images = scan(folder.parent, Counter()) if folder.parent.is_dir() else ((), ())
-    are_classes = names and all(scan(folder.parent / name, Counter())[1] for name in names)
-    if images or are_classes or any(splits_among(names)):
-        raise RunError(f"{folder.parent} holds images, but not {name}; add --dataset folder to take them")
+def _download(load, name, root, folder):
+    inside, images = scan(root, Counter()) if root.is_dir() else ((), ())
+    are_classes = inside and all(scan(root / one, Counter())[1] for one in inside)
+    if images or are_classes or any(splits_among(inside)):
+        raise RunError(f"{root} holds images, but not {name}; add --dataset folder to take them")
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:

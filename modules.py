@@ -18,7 +18,8 @@ import torchvision
 from torch import nn
 
 ARCHS = ("patchy", "vae")
-# A new encoder also wants a row in SCALES of utils/options.py and in _ENDS of utils/features.py.
+# A new encoder needs: a branch in build_encoder; its scales in SCALES of utils/options.py, or its only one in
+# FIXED_STRIDE; the ends of its blocks in _ENDS of utils/features.py; its lines in utils/export.py.
 ENCODERS = ("resnet", "resnet18", "resnet50", "alexnet", "pyramid", "patches")
 DECODERS = ("pyramid", "patches")
 FIXED_STRIDE = {"resnet18": 32, "resnet50": 32, "alexnet": 32}  # whole torchvision trunks: their scale is given
@@ -161,10 +162,11 @@ def place_parts(appearance, occurrence):
 def loss_terms(x, output, beta_app, beta_occ, edge_cell=None):
     """The terms of the loss, each summed over pixels or latents: a dict of vectors of length B.
 
-    A new one with an option of its own also belongs into TESTED_WITH and in_words of run.py.
-
     `recon`, the raw KL terms that the model has (`kl_app`, `kl_occ`), the same times their beta (`…_weighted`), and
     `total` = recon + weighted KL terms. `edge_cell`: the cell of the edge-weighted reconstruction, None for none.
+
+    A new term needs: its value in Output.kl of a model's forward(), its weight in `beta` here and in loss() of run.py,
+    its option in TESTED_WITH and its name in in_words() there.
     """
     squared = (output.reconstruction - x).square()  # B×C×H×W
     if edge_cell is not None:

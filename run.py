@@ -83,9 +83,9 @@ def parse(argv):
         values["output_folder"] = os.path.dirname(values["pretrained"]) or "."
     if values["pretrained"]:
         file = training.load(values["pretrained"], training.MODEL)
-        own, tested_with = values["output_folder"], TESTED_WITH if values["evaluate"] else None
-        values = options.follow_model(parser, file, values["pretrained"], typed, trained_with=tested_with)
-        values["output_folder"] = own
+        folder, of_training = values["output_folder"], TESTED_WITH if values["evaluate"] else None
+        values = options.follow_model(parser, file, values["pretrained"], typed, of_training=of_training)
+        values["output_folder"] = folder
     values = options.complete(values, typed)
     values["py"] = values["py"] or 1 / values["num_parts"]
     check(values)
@@ -111,28 +111,28 @@ def main(argv=None):
     settings, file, checkpoint = parse(argv)
     goes_on = checkpoint is not None
     if not settings.evaluate:
-        options.check_batch(step_size(settings), (settings.size // settings.scale) ** 2)
+        options.check_batch(images_per_step(settings), (settings.size // settings.scale) ** 2)
         training.check_folder(settings.output_folder, CONTENTS, settings.overwrite, goes_on)  # before hours of decoding
     device = runtime.choose_device(settings.no_cuda)
     settings = settings.changed(precision=runtime.choose_precision(settings.precision, device))
-    *train, test = opened = open_data(settings, device, file or checkpoint)
+    train, test = (None, *open_data(settings, device, file or checkpoint))[-2:]  # --evaluate opens the test alone
     described = options.describe_model(settings)
     torch.manual_seed(settings.seed)
     model = runtime.channels_last(modules.build_model(described).to(device))
     if file or checkpoint:
         model.load_state_dict((file or checkpoint)["model"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{settings.dataset}: {batches.count_images(opened)}, {settings.size} px, {runtime.describe(device)}")
+    print(f"{settings.dataset}: {batches.count_images(train, test)}, {settings.size} px, {runtime.describe(device)}")
     print(f"{settings.arch}: {parameters:,} parameters, encoder {settings.encoder_arch}, {bottleneck(settings)}")
     if settings.evaluate:
         return evaluate_only(settings, model, test)
     folder = training.prepare_folder(settings.output_folder, CONTENTS, settings.overwrite, goes_on)
     if runtime.is_main():
         runtime.write_json(folder / "args.json", {**vars(settings), **runtime.record()})
-    return fit(settings, described, model, *train, test, folder, checkpoint)
+    return fit(settings, described, model, train, test, folder, checkpoint)
 
 
-def step_size(settings):
+def images_per_step(settings):
     return min(settings.batch_size, settings.img_per_epoch)
 
 
@@ -159,7 +159,7 @@ def fit(settings, described, model, train, test, folder, checkpoint=None):
     optimizer = build_optimizer(settings, model)
     content = {"kind": training.TRAINING, "model": model, "optimizer": optimizer, "images": len(train)}
     with training.Run(
-        folder, settings, content, checkpoint, batch_size=step_size(settings), images=settings.img_per_epoch,
+        folder, settings, content, checkpoint, batch_size=images_per_step(settings), images=settings.img_per_epoch,
         epochs=settings.num_epochs, log_interval=settings.log_interval, save_interval=settings.save_interval,
     ) as run:
         network = runtime.compiled(runtime.parallel(model), settings.compile).train()
@@ -321,7 +321,8 @@ def say_farewell(settings, first, best, folder, train, test):
     print(f"best epoch {best['epoch']}: reconstruction error {best['recon']:.1f}, total {best['total']:.1f} ({before})")
     print(f"{sure_parts(settings, best)}; the model is {place}/model.pt, the pictures are in {place}/images")
     if not best[f"{UNITS[settings.arch]}_in_use"]:
-        print("nothing varies between images yet: train longer, with --lr 1e-3 or a lower --beta-v such as 0.1")
+        print("none of them says different things of different images yet: train longer, with --lr 1e-3 or a lower "
+              "--beta-v such as 0.1")
     print(f"next: tensorboard --logdir {quoted}")
     if settings.arch == "patchy":
         print(f"      python utils/parts.py --pretrained {quoted}/model.pt")

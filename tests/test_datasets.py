@@ -323,6 +323,7 @@ def test_what_a_run_and_parts_leave_is_no_class(tmp_path):
     ("folder", None, "no such folder; give --data-folder"),
     ("imagenet", [], "train: no such folder; expected .*train/CLASS"),
     ("cifar100", ["train"], "holds images, but not CIFAR100; add --dataset folder"),
+    ("mnist", ["train"], "holds images, but not MNIST; add --dataset folder"),
 ])
 def test_a_folder_without_images_is_said(name, folders, words, tmp_path):
     for name_inside in folders or ():

@@ -447,10 +447,9 @@ def list_broken(source, is_broken, path):
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def count_images(opened):
-    """How many images the Batches `opened` have, of training and of test or of test alone, in words."""
-    parts = ("training", "test")[-len(opened) :]
-    return " and ".join(f"{len(batches):,} {part}" for batches, part in zip(opened, parts)) + " images"
+def count_images(train, test):
+    """How many images the Batches of training (or None) and of test have, in words."""
+    return f"{f'{len(train):,} training and ' if train else ''}{len(test):,} test images"
 
 
 def choose_cache(wanted, sources, size, device, folder):

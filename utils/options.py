@@ -157,17 +157,18 @@ def follow_run(parser, saved, typed):
     return {**merge(parser.defaults, {**saved, **own}, typed, fixed), "typed": saved["typed"]}
 
 
-def follow_model(parser, file, path, typed, fixed=DESCRIBED, trained_with=None):
+def follow_model(parser, file, path, typed, fixed=DESCRIBED, of_training=None):
     """The options under what the model file `path`, whose content is `file`, says of its model: a dict.
 
-    `fixed`: which of these may not be typed otherwise. `trained_with`: names of options that its training answers,
+    `fixed`: which of these may not be typed otherwise. `of_training`: names of options that its training answers,
     too, as it does for its data; another data set has a folder of its own. Raises UsageError or RunError.
     """
     model, training = file["options"], file["args"]
     saved = {"pretrained": path, **{name: model[name] for name in DESCRIBED}}
-    if trained_with is not None:
+    if of_training is not None:
         is_same = typed.get("dataset", training["dataset"]) == training["dataset"]
-        saved |= {name: training[name] for name in (*trained_with, "dataset", *["data_folder"] * is_same)}
+        names = (*of_training, "dataset", *["data_folder"] * is_same)
+        saved |= {name: training[name] for name in names if name in training}  # a file of earlier code knows fewer
     values = merge(parser.defaults, saved, typed, fixed, path)
     channels = DATA_SETS[values["dataset"]].channels
     if channels != model["channels"]:

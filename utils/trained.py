@@ -2,8 +2,6 @@
 
 from utils import options, runtime, training
 
-OF_TRAINING = ("beta_a", "beta_v", "target", "recon_mask", "hide", "grey")  # options of run.py that tools may need
-
 
 def add_options(parser, cache="auto"):
     """The options --pretrained and --no-cuda, and the section `data`, which the model's own training answers."""
@@ -23,5 +21,5 @@ def open_model(parser, argv):
     typed = parser.typed(argv)
     device = runtime.choose_device(typed.get("no_cuda", False))
     model, file = training.load_model(typed["pretrained"], device)
-    values = options.follow_model(parser, file, typed["pretrained"], typed, trained_with=OF_TRAINING)
+    values = options.follow_model(parser, file, typed["pretrained"], typed, of_training=("target",))
     return options.Settings(**values), model, device
