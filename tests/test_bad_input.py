@@ -126,16 +126,19 @@ def test_variables_of_another_job_are_one_line(variables, monkeypatch, capsys):
 
 
 def test_the_real_process_behaves_alike(place):
-    folder = [*MODEL_OPTIONS, "--dataset", "folder", "--size", "32", "--workers", "2", "--output-folder", place / "new"]
-    for few, status, words, options in (
-        (9999, 2, "--num-parts", ["--num-parts", "0"]),
-        (9999, 1, "cannot be decoded", [*folder, "--data-folder", place / "broken"]),
-        (24, 1, "raise `ulimit -n`", [*folder, "--data-folder", place / "whole"]),
-    ):
+    def start(few, *options):  # all at once, as starting takes longest
         command = ["sh", "-c", f'ulimit -n {few}; exec "$@"', "sh", sys.executable, ROOT / "run.py", *options]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == status and done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith("run.py: error:") and words in done.stderr
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    folder = [*MODEL_OPTIONS, "--dataset", "folder", "--size", "32", "--workers", "2", "--data-folder"]
+    for process, status, words in [
+        (start(9999, "--num-parts", "0"), 2, "--num-parts"),
+        (start(9999, *folder, place / "broken", "--output-folder", place / "new"), 1, "cannot be decoded"),
+        (start(24, *folder, place / "whole", "--output-folder", place / "few"), 1, "raise `ulimit -n`"),
+    ]:
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == status and errors.count("\n") == 1, errors
+        assert errors.startswith("run.py: error:") and words in errors
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_before_images_are_opened(tmp_path, monkeypatch, line_of_error):

@@ -106,11 +106,9 @@ def test_the_scripts_run_on_a_gpu(tmp_path):
         assert "CUDA" in done.stdout or command[0].startswith("utils"), done.stdout
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_a_closed_stream_is_no_reason_to_fail(closed, tmp_path):
-    command = f'exec "$@" {closed}'
+def test_closed_streams_are_no_reason_to_fail(tmp_path):
     script = [sys.executable, ROOT / "run.py", "--dataset", "digits", *TINY, "--output-folder", tmp_path]
-    assert subprocess.run(["sh", "-c", command, "sh", *script], capture_output=True).returncode == 0
+    assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *script]).returncode == 0
     assert (tmp_path / "model.pt").is_file()
 
 
