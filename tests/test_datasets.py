@@ -3,10 +3,13 @@
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -525,6 +528,21 @@ def test_a_stream_left_open_does_not_keep_the_process_from_its_end():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, timeout=60, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_death_of_a_worker_is_heard_even_if_its_signal_came_too_early(monkeypatch):
+    """As when the main thread began to wait for the rest of a batch just after it: it is reminded."""
+    source, heard = open_split("digits", None, "train", 32), []
+    stream = Batches(source, Form(32, [0.5], [0.5]), CPU, Loading(1)).training(8, 1, 1, 99)
+    next(stream)
+    before = signal.signal(signal.SIGCHLD, lambda *_: heard.append(threading.current_thread()))
+    time.sleep(2.5)
+    assert len(heard) >= 2 and set(heard) == {threading.main_thread()}
+    stream.close()
+    heard.clear()
+    time.sleep(1.5)
+    signal.signal(signal.SIGCHLD, before)
+    assert len(heard) <= 1  # of its end
 
 
 def test_workers_need_no_socket(tmp_path, class_folder, monkeypatch):

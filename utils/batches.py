@@ -240,8 +240,12 @@ class Batches:
             pin_memory=self.device.type == "cuda",  # arrays stay unpinned, but a thread fetches them
             worker_init_fn=_quiet_worker,
         )
+        ended = threading.Event()
         try:
-            for pixels, errors in loader:
+            batches = iter(loader)  # starts the processes
+            if loader.num_workers:
+                threading.Thread(target=_hear_of_children, args=[ended], daemon=True).start()
+            for pixels, errors in batches:
                 if errors and broken is None:
                     raise RunError(next(iter(errors.values())))
                 if errors:
@@ -256,12 +260,23 @@ class Batches:
                 f"the data-loading processes do not start ({error.strerror or error}): use --workers 0, or raise "
                 "`ulimit -n` (open files), `ulimit -u` (processes) or the size of /dev/shm"
             ) from None
+        finally:
+            ended.set()
 
     def _normalise(self, pixels, mirrored=None):
         if mirrored is not None:
             mirrored = mirrored.to(self.device, non_blocking=True)
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         return pixels.float().div_(255).sub_(self.mean).div_(self.std)  # in place: needs memory once
+
+
+def _hear_of_children(ended):
+    """Remind the main thread every second of children that have died, until `ended`, an Event.
+
+    It may wait for the rest of a batch whose process was killed: a signal that came just before would never be heard.
+    """
+    while not ended.wait(1):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGCHLD)
 
 
 def _as_it_is(batch):
