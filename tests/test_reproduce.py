@@ -304,7 +304,8 @@ def test_plots_draw_every_seed_mean_deviation_and_loss():
         column: reproduce.spread(dict(enumerate(found))) for column, found in zip(reproduce.FROZEN, values)}}
         for words, values in top1.items()]
     curves = {f"PatchVAE-seed{seed}": {"training": {"curve": curve}} for seed, curve in ((1, [5, 3]), (2, [7, 4]))}
-    content = {"title": "title", "frozen": "all frozen", "rows": rows, "calls": {**curves, "random-seed1": {}}}
+    calls = {**curves, "random-seed1": {}, "PatchVAE-seed3": {"training": {"total": 3.0}}}  # of code that kept no curve
+    content = {"title": "title", "frozen": "all frozen", "rows": rows, "calls": calls}
     (axes,) = reproduce.plot_scores(content).axes
     assert (axes.get_xlabel(), axes.get_title()) == ("top-1 in %, all frozen", "title")
     names = [tick.get_text() for tick in axes.get_yticklabels()]

@@ -461,7 +461,7 @@ def plot_curves(content):
     axes = figure.subplots()
     for row in content["rows"]:
         calls = [parts for key, parts in content["calls"].items() if key.startswith(f"{row['name']}-seed")]
-        losses = [parts["training"]["curve"] for parts in calls if "training" in parts]
+        losses = [parts["training"]["curve"] for parts in calls if "curve" in parts.get("training", {})]  # older: none
         if losses:
             epochs, mean = range(1, len(losses[0]) + 1), np.mean(losses, axis=0)  # seeds×epochs -> epochs
             deviation = np.std(losses, axis=0, ddof=1) if len(losses) > 1 else np.zeros_like(mean)
