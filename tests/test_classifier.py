@@ -310,7 +310,7 @@ def test_a_class_of_any_name_is_reported_where_there_are_no_links(tmp_path, monk
     named = json.loads((tmp_path / "probe/results.json").read_text())["per_class"]
     assert [one["class"] for one in named] == ["$\\ant$", "c\\nd", "caf\\xe9", "🐝"]
     train(tmp_path / "out", *options, "-b", 4)
-    assert len(training.numbered(str(tmp_path / "out" / classifier.CHECKPOINTS))) == 2
+    assert len(training.numbered(tmp_path / "out" / classifier.CHECKPOINTS)) == 2
     assert "top1" in classifier.main(["--evaluate", "--output-folder", str(tmp_path / "out")])
     assert (tmp_path / "out/results.json").exists() and min(Image.open(tmp_path / "out/confusion.png").size) >= 100
 

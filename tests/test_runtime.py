@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -121,3 +122,14 @@ def test_a_closed_terminal_saves_as_other_signals_do(heard):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.signal(signal.SIGHUP, before)
     assert left.value.code == (143 if heard else 0)
+
+
+@pytest.mark.parametrize("error, is_said", [(OSError(28, "No space left on device"), False), (KeyError("ours"), True)])
+def test_a_thread_is_silent_of_a_full_disk_alone(error, is_said, capsys, monkeypatch):
+    def failing():
+        raise error
+
+    monkeypatch.setattr(threading, "excepthook", runtime._say_of_thread)
+    (thread := threading.Thread(target=failing)).start()
+    thread.join()
+    assert ("KeyError" in capsys.readouterr().err) == is_said

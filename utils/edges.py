@@ -33,9 +33,7 @@ def main(argv=None):
     parser.option("--output", figures.png, "edges.png", "FILE", "the picture; a file of that name is replaced")
     args = parser.settings(argv)
     size, scale = args.size or DATA_SETS[args.dataset].size, args.scale
-    if size % scale:
-        near = max(scale, round(size / scale) * scale)
-        raise runtime.UsageError(f"--size {size} is not a multiple of --scale {scale}; use --size {near}")
+    options.check_size(size, scale)
     source = open_split(args.dataset, args.data_folder, "test", size)
     (images,) = batches.open_batches(args.changed(size=size), [source], torch.device("cpu"))
     x = images.examples(args.images)  # B×C×H×W

@@ -27,8 +27,7 @@ BORDER = modules.AlexNetTrunk.BORDER
 def main(argv=None):
     """Export, check, explain. Returns the largest difference of the features, and the lines that load the file."""
     parser = options.Parser(description=__doc__)
-    parser.option("--pretrained", options.model_file, None, "FILE", "a model.pt of run.py, or the folder of its run",
-                  required=True)
+    options.add_model_file(parser)
     parser.option("--output", options.path, "encoder.pt", "FILE", "ends in .pt; a file of that name is replaced")
     args = parser.settings(argv)
     if not args.output.endswith(".pt") or os.path.isdir(args.output):

@@ -21,8 +21,7 @@ from utils import figures, options, runtime, training
 def main(argv=None):
     """Draw the filters. Returns their numbers in the order of the tiles, and the norms of the filters so numbered."""
     parser = options.Parser(description=__doc__)
-    parser.option("--pretrained", options.model_file, None, "FILE", "a model.pt of run.py, or the folder of its run",
-                  required=True)
+    options.add_model_file(parser)
     parser.option("--output", figures.png, "filters.png", "FILE", "the picture; a file of that name is replaced")
     parser.switch("--common", "draw all filters on one scale, so that weak ones look grey, instead of each from minus "
                   "to plus its own largest weight")

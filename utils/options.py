@@ -190,19 +190,24 @@ def complete(values, typed):
         *first, last = map(str, scales)
         use = f"{', '.join(first)} or {last}" if first else last
         raise UsageError(f"--scale {scale} with --encoder-arch {encoder}: use {use}")
-    if size % scale and values["arch"] in ARCHS:  # whole networks average whatever map they get
-        near = max(scale, round(size / scale) * scale)
-        raise UsageError(f"--size {size} is not a multiple of --scale {scale}; use --size {near}")
+    if values["arch"] in ARCHS:  # whole networks average whatever map they get
+        check_size(size, scale)
     if size < (least := LEAST.get(encoder, 1)):
         raise UsageError(f"--size {size} leaves {encoder} nothing to pool; use --size {least} or more")
     wrong = [name for name in PARTS_ONLY if name in typed and values["arch"] == "vae"]
     if wrong:
-        flag = f"--{wrong[0].replace('_', '-')}"
-        raise UsageError(f"{flag} belongs to parts, which --arch vae has not; drop it or use --arch patchy")
+        raise UsageError(f"--{wrong[0]} belongs to parts, which --arch vae has not; drop it or use --arch patchy")
     if values["independent"] and values["ngf"] % values["num_parts"]:
         fit = math.ceil(values["ngf"] / values["num_parts"]) * values["num_parts"]
         raise UsageError(f"--independent needs --ngf to be a multiple of --num-parts {values['num_parts']}; use {fit}")
     return values
+
+
+def check_size(size, scale):
+    """Raises UsageError for images that cells of `scale` pixels do not fill."""
+    if size % scale:
+        near = max(scale, round(size / scale) * scale)
+        raise UsageError(f"--size {size} is not a multiple of --scale {scale}; use --size {near}")
 
 
 def describe_model(settings):
@@ -230,6 +235,12 @@ def typed_again(values, names):
 
 
 # ---------------------------------------------------------------------------------------------------- shared options
+
+
+def add_model_file(parser):
+    """The option --pretrained of the tools."""
+    parser.option("--pretrained", model_file, None, "FILE", "a model.pt of run.py, or the folder of its run",
+                  required=True)
 
 
 def add_data_options(parser, dataset="cifar100", cache="auto"):

@@ -272,7 +272,7 @@ def make(cell, origin):
         runtime.write_json(path, record)
     saved = cell.folder / ("checkpoints" if cell.script is run else classifier.CHECKPOINTS)
     how = {"overwrite": "command" in before}  # only what this folder has a record of is replaced
-    if training.numbered(str(saved)):  # it has the weights of --pretrained, and the folder may have been moved
+    if training.numbered(saved):  # it has the weights of --pretrained, and the folder may have been moved
         how = {"pretrained": None, "resume": "auto"}
     argv = options.typed_again({**cell.options, **how}, {**cell.options, **how})
     try:

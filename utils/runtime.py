@@ -77,7 +77,7 @@ def start(main):
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None if closed
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be text
-    threading.excepthook = lambda failed: None  # TensorBoard's thread: who waits for it raises the same error
+    threading.excepthook = _say_of_thread
     status, line = _outcome(main)  # by now the error's frames are gone, and with them data-loading processes
     if line:
         rank = os.environ.get("RANK", "0")
@@ -89,6 +89,12 @@ def start(main):
             sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _say_of_thread(failed):
+    """What Python says of an error that ended a thread, but of a full disk: who waits for TensorBoard's raises it."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def stop(number, frame=None, message=""):

@@ -6,8 +6,7 @@ from utils import options, runtime, training
 def add_options(parser, cache="auto"):
     """The options --pretrained and --no-cuda, and the section `data`, which the model's own training answers."""
     parser.section("model")
-    parser.option("--pretrained", options.model_file, None, "FILE", "a model.pt of run.py, or the folder of its run",
-                  required=True)
+    options.add_model_file(parser)
     parser.switch("--no-cuda", "compute on the CPU even where there is a GPU")
     options.add_data_options(parser, None, cache)
 

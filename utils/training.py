@@ -178,7 +178,7 @@ def check_folder(folder, contents, overwrite=False, keep=False):
             f"{flag} already holds a run ({to_lose[0].name}); choose another folder, or give --overwrite to replace it"
         )
     if to_lose and int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0):  # torchrun has started this very job again
-        raise UsageError(f"{flag}: --overwrite would delete what this job has made; with --max-restarts --resume auto")
+        raise UsageError(f"--overwrite would delete what this job made in {folder}; --max-restarts wants --resume auto")
     return found
 
 
